@@ -1,0 +1,163 @@
+"""Calibration: where the data comes from, statistics as folds, and the sweep over the program, segment by segment.
+
+A segment is one repeated block of the model (a decoder layer), found from the module paths in the graph. A sweep
+holds one segment's activations at a time: the inputs of a segment are the outputs of the segments before it, as
+they are by then, already quantized or not.
+"""
+
+import abc
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler.program import Program, execute
+
+Sample = Mapping[str, Tensor]  # one batch of inputs, by name
+
+
+class Statistic(abc.ABC):
+    """Something to measure over calibration data, written as a fold; subclasses are frozen dataclasses."""
+
+    @abc.abstractmethod
+    def start(self) -> Any:
+        """The state before any data."""
+
+    @abc.abstractmethod
+    def step(self, state: Any, x: Tensor) -> Any:
+        """The state after seeing rows `x` [tokens, channels]."""
+
+    def done(self, state: Any) -> Any:
+        """The result."""
+        return state
+
+
+# What to measure: for the name of a node, the statistic of its first argument (its activation).
+Needs = Mapping[str, Statistic]
+
+
+@dataclass
+class Segment:
+    """One step of a sweep: its nodes as they were when measured, and the statistics, by node name."""
+
+    index: int
+    count: int
+    nodes: list[fx.Node]
+    statistics: dict[str, Any]
+
+
+def mark_segments(program: Program) -> int:
+    """Give every node `meta["segment"]`, from the module paths; returns how many segments there are.
+
+    Segment 0 is what precedes the first repeated block; the last one is what follows the last block. A program
+    without repeated blocks is one segment.
+    """
+    stacks = _stacks(program)
+    calls = list(program.calls())
+    blocks = [_block(node, stacks) for node in calls]
+    last = max((i for i, block in enumerate(blocks) if block), default=-1)
+    current, index = None, 0
+    for i, (node, block) in enumerate(zip(calls, blocks, strict=True)):
+        if block and block != current:
+            current, index = block, index + 1
+        elif i == last + 1 and last >= 0:
+            index += 1
+        node.meta["segment"] = index
+    return index + 1
+
+
+_NUMBERED = re.compile(r"^(.*?)\.(\d+)(?:\.|$)")
+
+
+def _stacks(program: Program) -> set[str]:
+    """Prefixes of module lists with several entries: `model.layers` of `model.layers.0` and `model.layers.1`."""
+    found: dict[str, set[str]] = {}
+    for node in program.calls():
+        if match := _NUMBERED.match(str(node.meta.get("path", ""))):
+            found.setdefault(match[1], set()).add(match[2])
+    return {prefix for prefix, numbers in found.items() if len(numbers) > 1}
+
+
+def _block(node: fx.Node, stacks: set[str]) -> str | None:
+    match = _NUMBERED.match(str(node.meta.get("path", "")))
+    return f"{match[1]}.{match[2]}" if match and match[1] in stacks else None
+
+
+def sweep(
+    program: Program,
+    samples: Sequence[Sample],
+    needs: Callable[[Sequence[fx.Node]], Needs],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Iterator[Segment]:
+    """Run `samples` through the program segment by segment, measuring what `needs(nodes)` asks of each segment.
+
+    After a segment is yielded the caller may replace its nodes (new nodes inherit the segment); the segment then runs
+    again as it is by then, and its outputs feed the next one.
+    """
+    count = mark_segments(program)
+    with torch.no_grad():
+        envs: list[dict[fx.Node, Any]] = [dict(program.bind(sample)) for sample in samples]
+        for index in range(count):
+            if progress:
+                progress("calibrating", index, count)
+            nodes = _nodes_of(program, index)
+            statistics = _measure(nodes, needs(nodes), envs, samples, program)
+            yield Segment(index, count, nodes, statistics)
+            del statistics
+            nodes = _nodes_of(program, index)
+            for env in envs:
+                execute(nodes, env, program.tensors)
+        if progress:
+            progress("calibrating", count, count)
+
+
+def _nodes_of(program: Program, index: int) -> list[fx.Node]:
+    return [node for node in program.calls() if node.meta.get("segment") == index]
+
+
+def _measure(
+    nodes: Sequence[fx.Node], needs: Needs, envs: Sequence[dict[fx.Node, Any]], samples: Sequence[Sample], program: Program
+) -> dict[str, Any]:
+    """Fold the statistics over one segment; two nodes that ask the same of the same value share one fold."""
+    if not needs:
+        return {}
+    asked = {node: needs[node.name] for node in nodes if node.name in needs}
+    sources = {(node.args[0], statistic) for node, statistic in asked.items()}
+    states = {key: key[1].start() for key in sources}
+    for env, sample in zip(envs, samples, strict=True):
+        scratch = dict(env)
+
+        def watch(node: fx.Node, value: Any, sample: Sample = sample) -> None:
+            for key in sources:
+                if key[0] is node:
+                    states[key] = key[1].step(states[key], _rows(value, sample))
+
+        for node in env:  # values that earlier segments made
+            watch(node, env[node])
+        execute(nodes, scratch, program.tensors, watch)
+    done = {key: key[1].done(state) for key, state in states.items()}
+    return {node.name: done[node.args[0], statistic] for node, statistic in asked.items()}
+
+
+def _rows(value: Tensor, sample: Sample) -> Tensor:
+    """A value [batch, sequence, channels] as rows [tokens, channels], without those of padding tokens."""
+    real = sample.get("attention_mask")
+    if real is not None and real.shape == value.shape[:-1] and not bool((real != 0).all()):
+        return value[real != 0]
+    return value.reshape(-1, value.shape[-1])
+
+
+def measure(
+    program: Program,
+    samples: Sequence[Sample],
+    needs: Needs,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """All statistics of `needs`, in one sweep; the result by node name."""
+    found: dict[str, Any] = {}
+    for segment in sweep(program, samples, lambda nodes: needs, progress):
+        found |= segment.statistics
+    return found

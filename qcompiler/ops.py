@@ -1,0 +1,285 @@
+"""The qc:: operators: schema, fake (shape) function, and the eager meaning every kernel is tested against.
+
+Nothing is registered when this module is imported: the first use of `qc.<name>` (or `load()`) defines the operators.
+
+| op | meaning |
+|---|---|
+| `qc.mask` | the boolean attention mask of a window and a padding mask |
+| `qc.attention` | softmax(q k' * scale, masked) v, with grouped heads, soft cap, bias and sinks |
+| `qc.cached_attention` | the same over past and new keys and values; returns both caches, grown |
+| `qc.rope` | rotary position embedding of the leading channels |
+| `qc.dequantize` | the float tensor of a QTensor's parts |
+| `qc.linear` | a linear layer over a QTensor's parts |
+| `qc.embedding` | an embedding lookup in a QTensor's parts |
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qcompiler.scheme import QTensor
+
+# Windows follow the (left, right) convention of flash attention: query at position p sees keys at positions
+# p - left .. p + right; -1 means no limit. Causal is right = 0. `chunk` limits sight to one chunk of that size.
+_WINDOW = "int left=-1, int right=-1, int chunk=0"
+_EXTRA = "Tensor? mask=None, Tensor? padding=None, Tensor? bias=None, Tensor? sinks=None"
+_HOW = f"float scale=1.0, {_WINDOW}, float softcap=0.0"
+
+SCHEMAS = {
+    "mask": f"(Tensor like, Tensor? padding, SymInt queries, SymInt keys, *, {_WINDOW}) -> Tensor",
+    "attention": f"(Tensor q, Tensor k, Tensor v, {_EXTRA}, *, {_HOW}) -> Tensor",
+    "cached_attention": "(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, "
+    f"{_EXTRA}, *, {_HOW}) -> (Tensor, Tensor, Tensor)",
+    "rope": "(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor",
+    "dequantize": "(Tensor[] parts, *, str spec) -> Tensor",
+    "linear": "(Tensor x, Tensor[] parts, Tensor? bias=None, *, str spec) -> Tensor",
+    "embedding": "(Tensor ids, Tensor[] parts, *, str spec) -> Tensor",
+}
+
+
+def mask(
+    like: Tensor,
+    padding: Tensor | None,
+    queries: int,
+    keys: int,
+    *,
+    left: int = -1,
+    right: int = -1,
+    chunk: int = 0,
+) -> Tensor:
+    """Boolean mask [batch or 1, 1, queries, keys], True where a query may see a key.
+
+    Queries are the last `queries` of `keys` positions. `padding` [batch, keys] is nonzero at real tokens;
+    chunks are counted from the first real token. `like` gives the device.
+    """
+    key = torch.arange(keys, device=like.device)
+    query = torch.arange(queries, device=like.device) + (keys - queries)
+    distance = key[None, :] - query[:, None]
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        seen = seen & (distance >= -left)
+    if right >= 0:
+        seen = seen & (distance <= right)
+    seen = seen[None, None]
+    if chunk > 0:
+        start = torch.zeros_like(key[:1])[None] if padding is None else (padding != 0).long().argmax(-1)[:, None]
+        group = torch.div(key[None] - start, chunk, rounding_mode="floor")
+        seen = seen & (group[:, None, keys - queries :, None] == group[:, None, None, :])
+    if padding is not None:
+        seen = seen & (padding != 0)[:, None, None, :]
+    return seen
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    padding: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    left: int = -1,
+    right: int = -1,
+    chunk: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attention of q [batch, heads, queries, d] over k [batch, kv_heads, keys, d], v [batch, kv_heads, keys, dv].
+
+    Returns [batch, heads, queries, dv]. `mask` is boolean (True: may be seen) or float (added), broadcastable to
+    [batch, heads, queries, keys]; `padding` [batch, keys] is nonzero at real tokens; `bias` is added to the scores;
+    `sinks` [heads] are logits that take part in the softmax and carry no value.
+    """
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    seen = None
+    if padding is not None or chunk > 0 or left >= 0 or right >= 0:
+        seen = _mask(q, padding, q.shape[2], k.shape[2], left=left, right=right, chunk=chunk)
+    if mask is not None and mask.dtype == torch.bool:
+        seen = mask if seen is None else seen & mask
+    added = bias
+    if mask is not None and mask.dtype != torch.bool:
+        added = mask if added is None else added + mask
+    if softcap == 0.0 and sinks is None:
+        return _sdpa(q, k, v, seen, added, scale)
+    score = (q @ k.transpose(-1, -2)).float() * scale
+    if softcap > 0.0:
+        score = softcap * torch.tanh(score / softcap)
+    score = score if added is None else score + added
+    if seen is not None:
+        # A finite minimum, not -inf: a query that sees nothing (a padded position) must not become NaN.
+        score = score.masked_fill(~seen, torch.finfo(score.dtype).min)
+    if sinks is not None:
+        column = sinks.float().view(1, -1, 1, 1).expand(score.shape[0], -1, score.shape[2], 1)
+        weights = torch.cat([score, column], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = score.softmax(-1)
+    return weights.to(v.dtype) @ v
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, added: Tensor | None, scale: float) -> Tensor:
+    """The common case through PyTorch's fused attention."""
+    bias = added
+    if seen is not None:
+        low = torch.finfo(q.dtype).min
+        zero = torch.zeros((), dtype=q.dtype, device=q.device)
+        bias = torch.where(seen, zero if added is None else added.to(q.dtype), low)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+_mask = mask  # `attention` has an argument of that name
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    mask: Tensor | None = None,
+    padding: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    left: int = -1,
+    right: int = -1,
+    chunk: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention` of the newest queries over past [batch, kv_heads, past, d] and new keys and values.
+
+    Returns the output and the grown caches [batch, kv_heads, past + queries, d]; `mask`, `padding` and `bias`
+    span past and new keys.
+    """
+    k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+    how = {"scale": scale, "left": left, "right": right, "chunk": chunk, "softcap": softcap}
+    return attention(q, k, v, mask, padding, bias, sinks, **how), k, v  # type: ignore[arg-type]
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotate channel pairs of x [batch, heads, sequence, d] by the angles whose cosine and sine are given.
+
+    `cos` and `sin` are [batch or 1, sequence, r / 2], r <= d even; the channels from r on pass unchanged. Pairs are
+    (i, i + r/2), or (2i, 2i + 1) if interleaved. Source: RoFormer (arXiv 2104.09864), section 3.4.
+    """
+    cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
+    width = 2 * cos.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, dim=-1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+
+def dequantize(parts: Sequence[Tensor], *, spec: str) -> Tensor:
+    """The float tensor of a QTensor given by its parts and spec."""
+    return QTensor.from_parts(parts, spec).dequantize().clone()
+
+
+def linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None = None, *, spec: str) -> Tensor:
+    """x [..., k] times the dequantized weight [n, k] transposed, plus bias [n]; returns [..., n]."""
+    return F.linear(x, QTensor.from_parts(parts, spec).dequantize().to(x.dtype), bias)
+
+
+def embedding(ids: Tensor, parts: Sequence[Tensor], *, spec: str) -> Tensor:
+    """Rows `ids` of the dequantized weight [n, k]; returns [*ids.shape, k]. Only the rows asked for are decoded."""
+    weight = QTensor.from_parts(parts, spec)
+    flat = ids.reshape(-1)
+    rowwise = {
+        name: part[flat] if part.shape[:1] == (weight.rows,) and weight.rows > 1 else part
+        for name, part in weight.parts().items()
+        if "." not in name
+    }
+    if len(rowwise) < len(weight.parts()):  # a second level: its rows are not ours
+        return weight.dequantize()[ids].clone()
+    shared = {name: part for name, part in rowwise.items() if name in ("codebook", "boundaries", "permutation")}
+    rowwise |= {name: getattr(weight, name) for name in shared}
+    picked = weight.with_parts(**rowwise, shape=(flat.shape[0], weight.shape[1]))
+    return picked.dequantize().view(*ids.shape, -1).clone()
+
+
+def _fake_mask(like, padding, queries, keys, *, left=-1, right=-1, chunk=0):  # type: ignore[no-untyped-def]
+    batch = 1 if padding is None else padding.shape[0]
+    return like.new_empty((batch, 1, queries, keys), dtype=torch.bool)
+
+
+def _fake_attention(q, k, v, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return q.new_empty((*q.shape[:3], v.shape[-1]))
+
+
+def _fake_cached_attention(q, k, v, past_k, past_v, *args, **kwargs):  # type: ignore[no-untyped-def]
+    grown = past_k.shape[2] + k.shape[2]
+    return (
+        q.new_empty((*q.shape[:3], v.shape[-1])),
+        k.new_empty((*k.shape[:2], grown, k.shape[3])),
+        v.new_empty((*v.shape[:2], grown, v.shape[3])),
+    )
+
+
+def _fake_rope(x, cos, sin, *, interleaved=False):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+def _fake_dequantize(parts, *, spec):  # type: ignore[no-untyped-def]
+    weight = QTensor.from_parts(parts, spec)
+    return parts[0].new_empty(weight.shape, dtype=weight.dtype)
+
+
+def _fake_linear(x, parts, bias=None, *, spec):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], QTensor.from_parts(parts, spec).shape[0]))
+
+
+def _fake_embedding(ids, parts, *, spec):  # type: ignore[no-untyped-def]
+    weight = QTensor.from_parts(parts, spec)
+    return ids.new_empty((*ids.shape, weight.shape[-1]), dtype=weight.dtype)
+
+
+MEANINGS: dict[str, Callable[..., object]] = {
+    "mask": mask,
+    "attention": attention,
+    "cached_attention": cached_attention,
+    "rope": rope,
+    "dequantize": dequantize,
+    "linear": linear,
+    "embedding": embedding,
+}
+
+
+@functools.cache
+def load() -> torch.library.Library:
+    """Define the qc:: operators with PyTorch, once; the library object must stay alive."""
+    library = torch.library.Library("qc", "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+        library.impl(name, MEANINGS[name], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"qc::{name}", globals()[f"_fake_{name}"], lib=library)
+    return library
+
+
+class _Namespace:
+    """`qc.linear` is `torch.ops.qc.linear.default`, defined at first use."""
+
+    def __getattr__(self, name: str) -> torch._ops.OpOverload:
+        if name not in SCHEMAS:
+            raise AttributeError(name)
+        load()
+        overload: torch._ops.OpOverload = getattr(torch.ops.qc, name).default
+        return overload
+
+
+qc = _Namespace()
+
+
+def default_scale(head_dim: int) -> float:
+    """The usual attention scale, 1 / sqrt(head_dim)."""
+    return 1.0 / math.sqrt(head_dim)

@@ -1,0 +1,306 @@
+"""Pass, Contract, and the runner: order, statistics, contracts, and the record of what each pass did.
+
+A pass is a frozen dataclass: its fields are its options. The runner gives it the program and a Context, and checks
+afterwards that it did what its contract says; a pass that fails leaves the program as it was.
+"""
+
+import abc
+import enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler import calibration
+from qcompiler.calibration import Needs, Sample, Segment
+from qcompiler.errors import ContractError, No, PassError, QCompilerError
+from qcompiler.program import Program
+from qcompiler.report import LayerRecord, Meter, PassRecord
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+class Contract(enum.Enum):
+    """What a pass does to the function the program computes."""
+
+    EXACT = "exact"  # nothing: permute, scale, rotate, fuse
+    LOSSY = "lossy"  # changes it: quantize
+    LAYOUT = "layout"  # stores the same numbers in another way: every dequantized value stays bit-identical
+
+
+@dataclass(frozen=True)
+class Pass(abc.ABC):
+    """One step of a recipe.
+
+    `name` and `contract` are class attributes; `preserves` says that statistics measured before the pass stay true.
+    """
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract]
+    preserves: ClassVar[bool] = False
+
+    def needs(self, program: Program) -> Needs:
+        """Statistics to measure before `run`, by node name; they come back as `ctx.statistics`."""
+        return {}
+
+    @abc.abstractmethod
+    def run(self, program: Program, ctx: "Context") -> None:
+        """Change `program`; refusals and layer records go to `ctx`."""
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether the pass needs calibration data."""
+        return type(self).needs is not Pass.needs
+
+    def __str__(self) -> str:
+        """The pass as recipe text, options that are not the default only: `gptq{scheme=int4:g64:asym}`."""
+        shown = [f"{f.name}={_option(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"{self.name}{{{' '.join(shown)}}}" if shown else self.name
+
+
+def _option(value: Any) -> str:
+    return "|".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@dataclass
+class Context:
+    """What a pass may use besides the program.
+
+    `samples` is the calibration data, `statistics` what `needs()` asked for, `seed` the only source of chance.
+    """
+
+    samples: Sequence[Sample] = ()
+    seed: int = 0
+    progress: Progress = lambda what, done, total: None
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+    record: PassRecord = field(default_factory=lambda: PassRecord("", "", ""))
+    node: fx.Node | None = None
+
+    def refuse(self, no: No) -> None:
+        """Keep a refusal for the report."""
+        self.record.refusals.append(str(no))
+
+    def note(self, text: str) -> None:
+        """Keep a remark for the report."""
+        self.record.notes.append(text)
+
+    def layer(self, layer: LayerRecord) -> None:
+        """Keep what was done to one tensor."""
+        self.record.layers.append(layer)
+
+    def generator(self) -> torch.Generator:
+        """A fresh random generator with the context's seed; the global one is never touched."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def sweep(self, program: Program, needs: Callable[[Sequence[fx.Node]], Needs]) -> Iterator[Segment]:
+        """Sweep the calibration data over the program; see `calibration.sweep`."""
+        return calibration.sweep(program, self.samples, needs, self.progress)
+
+    def each(self, nodes: Sequence[fx.Node], what: str) -> Iterator[fx.Node]:
+        """The nodes one by one, with progress, remembering the current one for error messages."""
+        for i, node in enumerate(nodes):
+            self.progress(what, i, len(nodes))
+            self.node = node
+            yield node
+        self.node = None
+        self.progress(what, len(nodes), len(nodes))
+
+
+@dataclass
+class Runner:
+    """Runs passes over a program, checking each.
+
+    `checks` are sample inputs on which contracts are checked; `exact_tolerance` is the relative change of outputs
+    that an exact pass may cause through rounding.
+    """
+
+    context: Context
+    checks: Sequence[Sample]
+    exact_tolerance: float = 2e-4
+    records: list[PassRecord] = field(default_factory=list)
+    _outputs: list[dict[str, Tensor]] | None = None
+    _measured: dict[tuple[str, Any], Any] = field(default_factory=dict)
+
+    def run(self, program: Program, passes: Sequence[Pass]) -> None:
+        """Run `passes` in order. Raises PassError or ContractError; the program is then as before the failing pass."""
+        for i, step in enumerate(passes):
+            self.context.progress(f"pass {step.name}", i, len(passes))
+            self._measure(program, passes[i:])
+            self._run_one(program, step)
+
+    def _measure(self, program: Program, ahead: Sequence[Pass]) -> None:
+        """Measure what the next pass needs, and its neighbours while each preserves, in one sweep."""
+        needs: dict[str, Any] = {}
+        wanted = dict(ahead[0].needs(program))
+        missing = {n: s for n, s in wanted.items() if (n, s) not in self._measured}
+        if missing:
+            batches = [missing]
+            for step, following in zip(ahead, ahead[1:], strict=False):
+                if not step.preserves:
+                    break
+                batches.append({n: s for n, s in following.needs(program).items() if (n, s) not in self._measured})
+            for needs in _compatible(batches):
+                found = calibration.measure(program, self.context.samples, needs, self.context.progress)
+                self._measured |= {(n, needs[n]): value for n, value in found.items()}
+        self.context.statistics = {n: self._measured[n, s] for n, s in wanted.items() if (n, s) in self._measured}
+
+    def _run_one(self, program: Program, step: Pass) -> None:
+        record = PassRecord(step.name, str(step), step.contract.value)
+        self.context.record = record
+        before, snapshot = program.fingerprint(), program.copy()
+        versions = {name: (t, t._version) for name, t in program.tensors.items() if not t.is_inference()}
+        record.nodes = (len(program.graph.nodes), 0)
+        record.megabytes = (program.nbytes / 1e6, 0.0)
+        if self._outputs is None:
+            self._outputs = self._evaluate(program)
+        try:
+            with Meter() as meter:
+                step.run(program, self.context)
+                program.clean()
+                program.verify()
+            _no_writes(step, versions)
+            record.changed = program.fingerprint() != before
+            if record.changed:
+                self._check(program, snapshot, step, record)
+        except QCompilerError as error:
+            program.restore(snapshot)
+            raise type(error)(_blame(step, self.context.node, error)) from error
+        except Exception as error:  # a pass may be a stranger's code
+            program.restore(snapshot)
+            raise PassError(_blame(step, self.context.node, error)) from error
+        finally:
+            self.context.node = None
+        if record.changed and not step.preserves:
+            self._measured.clear()
+        record.seconds, record.peak_rss_mb = meter.seconds, meter.peak_rss_mb
+        record.nodes = (record.nodes[0], len(program.graph.nodes))
+        record.megabytes = (record.megabytes[0], program.nbytes / 1e6)
+        self.records.append(record)
+
+    def _check(self, program: Program, snapshot: Program, step: Pass, record: PassRecord) -> None:
+        """Hold the pass to its contract; raises ContractError."""
+        assert self._outputs is not None
+        after = self._evaluate(program)
+        record.output_change = max(relative_change(old, new) for old, new in zip(self._outputs, after, strict=True))
+        record.kl = mean_kl(self._outputs, after)
+        if step.contract is Contract.EXACT and not record.output_change <= self.exact_tolerance:
+            raise ContractError(
+                f"it is declared exact but changed the outputs by {record.output_change:.2e} "
+                f"(allowed {self.exact_tolerance:.0e}) on the check samples"
+            )
+        if step.contract is Contract.LAYOUT:
+            _same_values(program, snapshot)
+        if step.contract is Contract.LOSSY and not _finite(after):
+            raise ContractError("the outputs are no longer finite after it")
+        self._outputs = after
+
+    def _evaluate(self, program: Program) -> list[dict[str, Tensor]]:
+        """Outputs (without caches) on the check samples; a program with caches also runs in two pieces."""
+        found = []
+        for sample in self.checks:
+            outputs = program(**sample)
+            if program.caches:
+                _same_in_pieces(program, sample, outputs, self.exact_tolerance)
+            states = set(program.info.get("caches", {}).values())
+            found.append({name: value for name, value in outputs.items() if name not in states})
+        return found
+
+
+def _compatible(batches: Sequence[Needs]) -> list[dict[str, Any]]:
+    """Merge needs into as few sweeps as possible: one, unless two ask different statistics of the same node."""
+    sweeps: list[dict[str, Any]] = []
+    for batch in batches:
+        for node, statistic in batch.items():
+            home = next((s for s in sweeps if s.get(node, statistic) == statistic), None)
+            if home is None:
+                sweeps.append({node: statistic})
+            else:
+                home[node] = statistic
+    return sweeps
+
+
+def _blame(step: Pass, node: fx.Node | None, error: Exception) -> str:
+    where = f' at node "{node.name}" ({node.meta.get("path", "")})' if node is not None else ""
+    kind = "" if isinstance(error, QCompilerError) else f"{type(error).__name__}: "
+    return f'pass "{step.name}"{where}: {kind}{error}'
+
+
+def _no_writes(step: Pass, versions: Mapping[str, tuple[Tensor, int]]) -> None:
+    for name, (tensor, version) in versions.items():
+        if tensor._version != version:
+            raise ContractError(f'it wrote into tensor "{name}" in place; store a new tensor instead')
+
+
+def _same_values(program: Program, snapshot: Program) -> None:
+    """Every quantized tensor that was there before still stands for the same numbers, bit for bit."""
+    for name in snapshot.quantized:
+        if name not in program.quantized:
+            continue
+        if not torch.equal(program.qtensor(name).dequantize(), snapshot.qtensor(name).dequantize()):
+            raise ContractError(f'it is declared a layout change but "{name}" no longer dequantizes to the same bits')
+    for name in program.quantized:
+        if name in snapshot.tensors and not torch.equal(program.qtensor(name).dequantize(), snapshot.tensors[name]):
+            raise ContractError(f'it is declared a layout change but "{name}" is not the same tensor, bit for bit')
+
+
+def _same_in_pieces(program: Program, sample: Sample, whole: Mapping[str, Tensor], tolerance: float) -> None:
+    """Prefill, then the rest over the cache, must give what one run gives; raises ContractError."""
+    first = program.inputs[0].name
+    length = sample[first].shape[1]
+    outputs: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    pieces = []
+    for start, stop in ((0, length // 2), (length // 2, length)):
+        inputs = {name: _piece(name, value, start, stop) for name, value in sample.items()}
+        outputs = program(**inputs, **state)
+        state = program.cache_updates(outputs)
+        pieces.append(outputs[program.outputs[0]])
+    joined = {program.outputs[0]: torch.cat(pieces, dim=1)}
+    change = relative_change({program.outputs[0]: whole[program.outputs[0]]}, joined, real=sample.get("attention_mask"))
+    if not change <= tolerance:
+        raise ContractError(f"prefill then decode differs from one run by {change:.2e} (allowed {tolerance:.0e})")
+
+
+def _piece(name: str, value: Tensor, start: int, stop: int) -> Tensor:
+    # The padding mask covers the past too; ids and positions are those of the new tokens.
+    return value[:, :stop] if name == "attention_mask" else value[:, start:stop]
+
+
+def relative_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor], real: Tensor | None = None) -> float:
+    """Largest absolute difference of any output, relative to that output's largest magnitude.
+
+    With `real` [batch, sequence], only positions where it is nonzero count.
+    """
+    worst = 0.0
+    for name, before in old.items():
+        after = new[name]
+        if before.shape != after.shape:
+            raise ContractError(f'output "{name}" had shape {tuple(before.shape)} and now has {tuple(after.shape)}')
+        if not before.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(before, after) else float("inf"))
+            continue
+        if real is not None and real.shape == before.shape[:2]:
+            before, after = before[real != 0], after[real != 0]
+        difference = (after.double() - before.double()).abs().max().item() if before.numel() else 0.0
+        scale = before.double().abs().max().item() if before.numel() else 1.0
+        change = difference / max(scale, 1e-30)
+        worst = float("inf") if change != change else max(worst, change)
+    return worst
+
+
+def mean_kl(old: Sequence[Mapping[str, Tensor]], new: Sequence[Mapping[str, Tensor]]) -> float | None:
+    """Mean KL divergence (nats) of the predictions in output "logits"; None where there is no such output."""
+    if not old or "logits" not in old[0]:
+        return None
+    total, count = 0.0, 0
+    for before, after in zip(old, new, strict=True):
+        p, q = before["logits"].double().log_softmax(-1), after["logits"].double().log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1)
+        total, count = total + kl.sum().item(), count + kl.numel()
+    return total / max(count, 1)
+
+
+def _finite(outputs: Sequence[Mapping[str, Tensor]]) -> bool:
+    return all(bool(torch.isfinite(v).all()) for out in outputs for v in out.values() if v.is_floating_point())

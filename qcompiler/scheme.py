@@ -1,0 +1,369 @@
+"""Scheme: how numbers are stored. QTensor: one record of a quantized tensor, in one canonical layout."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompiler.errors import RecipeError
+
+GRANULARITIES = ("tensor", "channel", "token", "group")
+_CODE = re.compile(r"(?P<code>int|nf|fp)(?P<bits>\d+)")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How numbers are stored: bits, code type, granularity, symmetric or not, static or dynamic.
+
+    The text form is the same everywhere; `Scheme.parse(str(s)) == s`. `sym` is the default.
+
+    >>> scheme = Scheme.parse("int4:g128")
+    >>> str(scheme), scheme.bits, scheme.group_size, scheme.symmetric
+    ('int4:g128:sym', 4, 128, True)
+    >>> str(Scheme.parse("int8:token:asym:dynamic"))
+    'int8:token:asym:dynamic'
+    """
+
+    bits: int
+    code: str = "int"
+    granularity: str = "channel"
+    group_size: int = 0
+    symmetric: bool = True
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise RecipeError(f"a scheme has 2 to 8 bits, not {self.bits}; write for example int4:g128:sym")
+        if self.granularity not in GRANULARITIES:
+            raise RecipeError(f'granularity "{self.granularity}" is none of {", ".join(GRANULARITIES)}')
+        if (self.granularity == "group") != (self.group_size > 0):
+            raise RecipeError(
+                f"a group size of {self.group_size} makes no sense; write a positive one, for example int4:g128"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Scheme":
+        """Read a scheme such as `int4:g128:asym`; RecipeError says which part is wrong.
+
+        >>> Scheme.parse("int4:g0")
+        Traceback (most recent call last):
+        ...
+        qcompiler.errors.RecipeError: scheme "int4:g0": a group size of 0 makes no sense; \
+write a positive one, for example int4:g128
+        """
+        head, *parts = text.strip().split(":")
+        match = _CODE.fullmatch(head)
+        if not match:
+            raise RecipeError(f'scheme "{text}": "{head}" is no code type; write for example int4, int8 or nf4')
+        options: dict[str, Any] = {"code": match["code"], "bits": int(match["bits"])}
+        for part in parts:
+            if re.fullmatch(r"g-?\d+", part):
+                options |= {"granularity": "group", "group_size": int(part[1:])}
+            elif part in GRANULARITIES[:3]:
+                options["granularity"] = part
+            elif part in ("sym", "asym"):
+                options["symmetric"] = part == "sym"
+            elif part in ("static", "dynamic"):
+                options["dynamic"] = part == "dynamic"
+            else:
+                raise RecipeError(
+                    f'scheme "{text}": "{part}" is not understood; parts are g<size>, tensor, channel, token, '
+                    "sym, asym, dynamic"
+                )
+        try:
+            return cls(**options)
+        except RecipeError as error:
+            raise RecipeError(f'scheme "{text}": {error}') from None
+
+    def __str__(self) -> str:
+        granularity = f"g{self.group_size}" if self.granularity == "group" else self.granularity
+        text = f"{self.code}{self.bits}:{granularity}:{'sym' if self.symmetric else 'asym'}"
+        return f"{text}:dynamic" if self.dynamic else text
+
+    @property
+    def levels(self) -> int:
+        """Number of codes, 2 ** bits."""
+        return 1 << self.bits
+
+    def group_of(self, columns: int) -> int:
+        """Columns that share one scale in a row of `columns`; the last group may be shorter."""
+        return min(self.group_size, columns) if self.granularity == "group" else columns
+
+    def groups(self, columns: int) -> int:
+        """Number of groups in a row of `columns`.
+
+        >>> Scheme.parse("int4:g128").groups(576)
+        5
+        """
+        return -(-columns // self.group_of(columns)) if columns else 0
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack unsigned codes (uint8 [rows, columns]) into one bit stream per row, least significant bit first.
+
+    Returns uint8 [rows, ceil(columns * bits / 8)]; `unpack_bits` inverts it.
+
+    >>> pack_bits(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4)
+    tensor([[33,  3]], dtype=torch.uint8)
+    """
+    rows, columns = codes.shape
+    if bits == 8:
+        return codes.clone()
+    padded = torch.nn.functional.pad(codes, (0, -columns % 8)).view(rows, -1, 8)
+    # Eight codes of b bits fill exactly b bytes, whatever b is: one 64-bit word holds them.
+    word = torch.zeros(padded.shape[:2], dtype=torch.int64, device=codes.device)
+    for i in range(8):
+        word |= padded[:, :, i].to(torch.int64) << (i * bits)
+    stream = torch.stack([(word >> (8 * j) & 255).to(torch.uint8) for j in range(bits)], dim=-1)
+    return stream.view(rows, -1)[:, : -(-columns * bits // 8)].contiguous()
+
+
+def unpack_bits(stream: Tensor, bits: int, columns: int) -> Tensor:
+    """Codes (uint8 [rows, columns]) of a bit stream made by `pack_bits`.
+
+    >>> unpack_bits(torch.tensor([[33, 3]], dtype=torch.uint8), 4, 3)
+    tensor([[1, 2, 3]], dtype=torch.uint8)
+    """
+    rows = stream.shape[0]
+    if bits == 8:
+        return stream[:, :columns]
+    if bits == 4:
+        return torch.stack([stream & 15, stream >> 4], dim=-1).view(rows, -1)[:, :columns]
+    words = -(-columns // 8)
+    padded = torch.nn.functional.pad(stream, (0, words * bits - stream.shape[1])).view(rows, words, bits)
+    word = torch.zeros((rows, words), dtype=torch.int64, device=stream.device)
+    for j in range(bits):
+        word |= padded[:, :, j].to(torch.int64) << (8 * j)
+    mask = (1 << bits) - 1
+    codes = torch.stack([(word >> (i * bits) & mask).to(torch.uint8) for i in range(8)], dim=-1)
+    return codes.view(rows, -1)[:, :columns]
+
+
+def storage_dtype(scale: Tensor) -> torch.dtype:
+    """float16 where every scale fits its normal range, as checkpoints store them; float32 otherwise."""
+    magnitude = scale.abs()
+    normal = (magnitude == 0) | ((magnitude >= 6.2e-5) & (magnitude <= 65504))
+    return torch.float16 if bool(normal.all()) else torch.float32
+
+
+def range_grid(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point (None if symmetric) of the integer grid that covers [low, high].
+
+    The range is widened to hold zero. Symmetric: the range is +-absmax, the zero code is 2**(bits-1).
+    The scale is already rounded to the dtype it will be stored in, so that codes fit the stored grid.
+    """
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    if scheme.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    scale = (high - low) / (scheme.levels - 1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = scale.to(storage_dtype(scale))
+    if scheme.symmetric:
+        return scale, None
+    return scale, torch.round(-low / scale.float()).clamp(0, scheme.levels - 1).to(torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """A quantized tensor in the canonical layout; `dequantize()` is its definition.
+
+    The group axis is moved last and the tensor seen as a matrix of rows and columns; then
+    `value = scale * (code - zero)`, or `scale * code + minimum`, or `scale * codebook[code]`.
+
+    - `codes`: uint8 [rows, ceil(columns * bits / 8)], one bit stream per row (`pack_bits`)
+    - `scale`: float16/32 [rows, groups] ([1, 1] per tensor, [rows, 1] per channel), or itself a QTensor
+    - `zero`: uint8, like `scale`; without it (and without minimum or codebook) zero is `2 ** (bits - 1)`
+    - `minimum`: float, like `scale`, or itself a QTensor
+    - `codebook`: float32 [2 ** bits]
+    - `boundaries`: int32 [groups + 1], column offsets of groups of unequal size
+    - `permutation`: int32 [columns]; stored column j is logical column `permutation[j]`
+
+    >>> q = QTensor.quantize(torch.tensor([[0.0, 1.0, 2.0, 15.0]]), Scheme.parse("int4:channel:asym"))
+    >>> q.dequantize()
+    tensor([[ 0.,  1.,  2., 15.]])
+    """
+
+    scheme: Scheme
+    shape: tuple[int, ...]
+    codes: Tensor
+    scale: "Tensor | QTensor"
+    zero: Tensor | None = None
+    minimum: "Tensor | QTensor | None" = None
+    codebook: Tensor | None = None
+    boundaries: Tensor | None = None
+    permutation: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+    axis: int = -1
+
+    @classmethod
+    def quantize(cls, weight: Tensor, scheme: Scheme, axis: int = -1) -> "QTensor":
+        """Round each value of `weight` to the nearest code of its group's minimum-maximum grid."""
+        rows = weight.detach().movedim(axis, -1).reshape(-1, weight.shape[axis]).float()
+        groups = group_view(rows, scheme)
+        low, high = groups.amin(-1), groups.amax(-1)
+        if scheme.granularity == "tensor":
+            low, high = low.amin().view(1, 1), high.amax().view(1, 1)
+        scale, zero = range_grid(low, high, scheme)
+        return cls.encode(weight, scheme, scale, zero, axis)
+
+    @classmethod
+    def encode(cls, weight: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor | None, axis: int = -1) -> "QTensor":
+        """Round `weight` to a given grid (`scale` and `zero` as in the class description)."""
+        moved = weight.detach().movedim(axis, -1)
+        rows = moved.reshape(-1, moved.shape[-1]).float()
+        codes = round_to_grid(rows, scheme, scale, zero)
+        return cls(
+            scheme, tuple(weight.shape), pack_bits(codes, scheme.bits), scale, zero, dtype=weight.dtype, axis=axis
+        )
+
+    @property
+    def columns(self) -> int:
+        """Length of the group axis."""
+        return self.shape[self.axis]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the matrix view."""
+        return self.codes.shape[0]
+
+    def unpacked(self) -> Tensor:
+        """The codes, uint8 [rows, columns], in stored column order."""
+        return unpack_bits(self.codes, self.scheme.bits, self.columns)
+
+    def group_index(self) -> Tensor:
+        """int64 [columns]: the group of each stored column."""
+        columns = torch.arange(self.columns, device=self.codes.device)
+        if self.boundaries is not None:
+            return torch.bucketize(columns, self.boundaries[1:].to(torch.int64), right=True)
+        return columns // self.scheme.group_of(self.columns)
+
+    def dequantize(self) -> Tensor:
+        """The tensor this record stands for: `shape`, in `dtype`."""
+        codes, scale = self.unpacked(), _floats(self.scale)
+        wide = scale.shape[-1] > 1
+        spread = _spreader(self.group_index() if wide else None, self._uniform_group() if wide else 0, self.columns)
+        if self.codebook is not None:
+            value = self.codebook[codes.long()] * spread(scale)
+        elif self.minimum is not None:
+            value = codes.float() * spread(scale) + spread(_floats(self.minimum))
+        elif self.zero is not None:
+            value = (codes.float() - spread(self.zero.float())) * spread(scale)
+        else:
+            value = (codes.float() - (self.scheme.levels >> 1)) * spread(scale)
+        if self.permutation is not None:
+            value = value[:, torch.argsort(self.permutation)]
+        moved = list(self.shape)
+        moved.append(moved.pop(self.axis))
+        return value.view(moved).movedim(-1, self.axis).to(self.dtype)
+
+    def _uniform_group(self) -> int:
+        """The group size where all groups are equal, so that scales spread by repetition; else 0."""
+        size = self.scheme.group_of(self.columns)
+        return size if self.boundaries is None and self.columns % size == 0 else 0
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors of the record by name, nested records flattened (`scale.codes`)."""
+        found: dict[str, Tensor] = {}
+        for name in _PARTS:
+            part = getattr(self, name)
+            if isinstance(part, QTensor):
+                found |= {f"{name}.{inner}": tensor for inner, tensor in part.parts().items()}
+            elif part is not None:
+                found[name] = part
+        return found
+
+    def spec(self) -> str:
+        """Everything but the tensors, as one line of JSON; `from_parts(parts, spec)` inverts."""
+        return json.dumps(self._spec(), separators=(",", ":"))
+
+    def _spec(self) -> dict[str, Any]:
+        spec: dict[str, Any] = {"scheme": str(self.scheme), "shape": list(self.shape), "parts": []}
+        for name in _PARTS:
+            part = getattr(self, name)
+            if part is not None:
+                spec["parts"].append([name, part._spec()] if isinstance(part, QTensor) else name)
+        if self.dtype != torch.float32:
+            spec["dtype"] = str(self.dtype).removeprefix("torch.")
+        if self.axis != -1:
+            spec["axis"] = self.axis
+        return spec
+
+    @classmethod
+    def from_parts(cls, parts: "Sequence[Tensor] | Mapping[str, Tensor]", spec: "str | Mapping[str, Any]") -> "QTensor":
+        """Rebuild a record from its tensors (in the order of `parts()`) and its `spec()`.
+
+        >>> q = QTensor.quantize(torch.randn(4, 8), Scheme.parse("int3:g4"))
+        >>> again = QTensor.from_parts(list(q.parts().values()), q.spec())
+        >>> bool((again.dequantize() == q.dequantize()).all())
+        True
+        """
+        fields: Mapping[str, Any] = json.loads(spec) if isinstance(spec, str) else spec
+        pending = list(parts.values() if isinstance(parts, Mapping) else parts)
+        return cls._take(pending, fields)
+
+    @classmethod
+    def _take(cls, pending: list[Tensor], fields: Mapping[str, Any]) -> "QTensor":
+        values: dict[str, Any] = {}
+        for part in fields["parts"]:
+            if isinstance(part, str):
+                values[part] = pending.pop(0)
+            else:
+                values[part[0]] = cls._take(pending, part[1])
+        return cls(
+            scheme=Scheme.parse(fields["scheme"]),
+            shape=tuple(fields["shape"]),
+            dtype=getattr(torch, fields.get("dtype", "float32")),
+            axis=fields.get("axis", -1),
+            **values,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts together."""
+        return sum(part.nbytes for part in self.parts().values())
+
+    def with_parts(self, **parts: Any) -> "QTensor":
+        """A copy with some fields replaced."""
+        return replace(self, **parts)
+
+
+_PARTS = ("codes", "scale", "zero", "minimum", "codebook", "boundaries", "permutation")
+
+
+def group_view(rows: Tensor, scheme: Scheme) -> Tensor:
+    """Rows [rows, columns] as [rows, groups, group]; a short last group is filled with its own first value."""
+    columns, size = rows.shape[-1], scheme.group_of(rows.shape[-1])
+    missing = -columns % size if size else 0
+    if missing:
+        start = columns - columns % size
+        rows = torch.cat([rows, rows[:, start : start + 1].expand(-1, missing)], dim=-1)
+    return rows.view(rows.shape[0], -1, size) if size else rows.view(rows.shape[0], 1, 0)
+
+
+def round_to_grid(rows: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Nearest codes, uint8 [rows, columns], of float `rows` on the grid (`scale`, `zero`)."""
+    columns = rows.shape[-1]
+    index = torch.arange(columns, device=rows.device) // scheme.group_of(columns) if scale.shape[-1] > 1 else None
+    spread = _spreader(index, 0, columns)
+    offset = spread(zero.float()) if zero is not None else float(scheme.levels >> 1)
+    return (torch.round(rows / spread(scale.float())) + offset).clamp(0, scheme.levels - 1).to(torch.uint8)
+
+
+def _spreader(index: Tensor | None, uniform: int, columns: int) -> Any:
+    """A function that spreads per-group values [rows, groups] over columns (broadcast if one group)."""
+
+    def spread(values: Tensor) -> Tensor:
+        if index is None or values.shape[-1] == 1:
+            return values
+        return values.repeat_interleave(uniform, dim=-1) if uniform else values[:, index]
+
+    return spread
+
+
+def _floats(part: "Tensor | QTensor") -> Tensor:
+    return part.dequantize() if isinstance(part, QTensor) else part.float()

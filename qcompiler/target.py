@@ -1,0 +1,174 @@
+"""Kernel, Backend, place: which implementation runs each op, and why the others do not."""
+
+import abc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, fx
+
+from qcompiler.errors import BackendError, No
+from qcompiler.program import Program
+from qcompiler.scheme import QTensor
+
+Answer = bool | No  # True, or a No with its reason
+
+
+@dataclass(frozen=True)
+class Accept:
+    """A printable condition on a QTensor; `a & b` is both, and the first No is the answer.
+
+    >>> condition = bits(4, 8) & group(32, 64)
+    >>> str(condition)
+    'bits(4, 8) & group(32, 64)'
+    """
+
+    text: str
+    check: Callable[[QTensor], Answer]
+
+    def __call__(self, weight: QTensor) -> Answer:
+        return self.check(weight)
+
+    def __and__(self, other: "Accept") -> "Accept":
+        def both(weight: QTensor) -> Answer:
+            first = self.check(weight)
+            return other.check(weight) if first else first
+
+        return Accept(f"{self.text} & {other.text}", both)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def bits(*allowed: int) -> Accept:
+    """The code width is one of `allowed`."""
+
+    def check(weight: QTensor) -> Answer:
+        return weight.scheme.bits in allowed or No(f"{weight.scheme.bits} bits, not one of {list(allowed)}")
+
+    return Accept(f"bits({', '.join(map(str, allowed))})", check)
+
+
+def group(*allowed: int) -> Accept:
+    """The group size is one of `allowed`."""
+
+    def check(weight: QTensor) -> Answer:
+        size = weight.scheme.group_of(weight.columns)
+        return size in allowed or No(f"groups of {size}, not one of {list(allowed)}")
+
+    return Accept(f"group({', '.join(map(str, allowed))})", check)
+
+
+def k_multiple_of(unit: int) -> Accept:
+    """The group axis is a multiple of `unit`."""
+
+    def check(weight: QTensor) -> Answer:
+        return weight.columns % unit == 0 or No(f"k={weight.columns} is not a multiple of {unit}")
+
+    return Accept(f"k_multiple_of({unit})", check)
+
+
+def without(*parts: str) -> Accept:
+    """The QTensor has none of the named parts (codebook, permutation, boundaries, minimum, zero)."""
+
+    def check(weight: QTensor) -> Answer:
+        present = [part for part in parts if getattr(weight, part) is not None]
+        return not present or No(f"has a {present[0]}")
+
+    return Accept(f"without({', '.join(parts)})", check)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of one op over a QTensor: its name, the op, what it accepts."""
+
+    name: str
+    op: str
+    accepts: Accept
+
+
+class Decoder(abc.ABC):
+    """A running generation: cache state of one batch of sequences of equal length, fed step by step."""
+
+    @abc.abstractmethod
+    def step(self, ids: Tensor) -> Tensor:
+        """Append ids [batch, new]; returns the logits [batch, vocabulary] of the last position."""
+
+
+class Runner(abc.ABC):
+    """A lowered program, ready to run."""
+
+    @abc.abstractmethod
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All outputs for the given inputs (absent ones get their defaults)."""
+
+    @abc.abstractmethod
+    def decoder(self, batch: int, capacity: int) -> Decoder:
+        """A fresh generation of `batch` sequences of at most `capacity` positions.
+
+        Raises BackendError if the program has no cache (pass kv_cache).
+        """
+
+    def details(self) -> dict[str, Any]:
+        """What the report says about how it runs: threads, options, kernels by node."""
+        return {}
+
+
+class Backend(abc.ABC):
+    """An ordered choice of kernels and lowering rules, and how to run or export the result."""
+
+    name: ClassVar[str]
+    kernels: ClassVar[tuple[Kernel, ...]] = ()
+
+    def available(self) -> Answer:
+        """True, or why this backend cannot be used here (a package that is missing, no GPU)."""
+        return True
+
+    @abc.abstractmethod
+    def accepts(self, program: Program, node: fx.Node) -> Answer:
+        """True if this backend can run `node`, or a No that names what it lacks."""
+
+    @abc.abstractmethod
+    def lower(self, program: Program, folder: Path | None = None) -> Runner:
+        """Make the program runnable; files it needs are written to `folder` (or a temporary one)."""
+
+    def load(self, program: Program, folder: Path) -> Runner:
+        """Make a saved artifact runnable, from the files `lower` wrote there if it wrote any."""
+        return self.lower(program, folder)
+
+
+@dataclass
+class Placement:
+    """Which backend runs the program, and every refusal met on the way."""
+
+    backend: Backend
+    refusals: list[No] = field(default_factory=list)
+
+
+def place(program: Program, backends: Sequence[Backend]) -> Placement:
+    """The first of `backends` that takes every node; the refusals of those before it are kept.
+
+    Raises BackendError if none does.
+    """
+    refusals: list[No] = []
+    for backend in backends:
+        found = list(refusals_of(program, backend))
+        if not found:
+            return Placement(backend, refusals)
+        refusals += found
+    shown = "; ".join(map(str, refusals[:3]))
+    raise BackendError(f"no backend of {[b.name for b in backends]} can run this program: {shown}")
+
+
+def refusals_of(program: Program, backend: Backend) -> Iterable[No]:
+    """Why `backend` cannot run `program`: one No per refused node, or one if it is not available."""
+    answer = backend.available()
+    if isinstance(answer, No):
+        yield answer.at(f"backend {backend.name}")
+        return
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            answer = backend.accepts(program, node)
+            if isinstance(answer, No):
+                yield No(f"{backend.name}: {answer.reason}", answer.where or node.name)
