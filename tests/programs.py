@@ -48,7 +48,12 @@ class Sketch:
         return node
 
     def call(
-        self, target: Any, *args: Any, to: Sequence[int | str], dtype: torch.dtype = torch.float32, **kwargs: Any
+        self,
+        target: Any,
+        *args: Any,
+        to: Sequence[int | str],
+        dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
     ) -> fx.Node:
         """A call giving a tensor of shape `to`."""
         node = self.graph.call_function(target, args, kwargs)
@@ -109,7 +114,9 @@ def tiny_llama(
         return sk.call(aten.rms_norm.default, value, [width], weight, 1e-5, to=shape)
 
     def split_heads(value: fx.Node, count: int, normed: str) -> fx.Node:
-        value = sk.call(aten.view.default, value, [batch, sequence, count, head_dim], to=(*BS, count, head_dim))
+        value = sk.call(
+            aten.view.default, value, [batch, sequence, count, head_dim], to=(*BS, count, head_dim)
+        )
         if normed:
             value = norm(value, normed, head_dim, (*BS, count, head_dim))
         return sk.call(aten.transpose.int, value, 1, 2, to=("batch", count, "sequence", head_dim))
@@ -163,19 +170,33 @@ def tiny_encoder(hidden: int = 32, heads: int = 4, vocabulary: int = 50, seed: i
     shape = (*BS, hidden)
 
     def linear(value: fx.Node, name: str, rows: int, columns: int) -> fx.Node:
-        weight, offset = sk.parameter(f"{name}.weight", rows, columns), sk.parameter(f"{name}.bias", rows, spread=0.1)
+        weight, offset = (
+            sk.parameter(f"{name}.weight", rows, columns),
+            sk.parameter(f"{name}.bias", rows, spread=0.1),
+        )
         return sk.call(aten.linear.default, value, weight, offset, to=(*BS, rows))
 
     def norm(value: fx.Node, name: str) -> fx.Node:
         weight = sk.parameter(f"{name}.weight", hidden, spread=0.1, around=1.0)
         return sk.call(
-            aten.layer_norm.default, value, [hidden], weight, sk.parameter(f"{name}.bias", hidden), 1e-12, to=shape
+            aten.layer_norm.default,
+            value,
+            [hidden],
+            weight,
+            sk.parameter(f"{name}.bias", hidden),
+            1e-12,
+            to=shape,
         )
 
-    words = sk.call(aten.embedding.default, sk.parameter("words.weight", vocabulary, hidden, spread=1.0), ids, to=shape)
+    words = sk.call(
+        aten.embedding.default, sk.parameter("words.weight", vocabulary, hidden, spread=1.0), ids, to=shape
+    )
     places = sk.call(aten.arange.default, sequence, to=("sequence",), dtype=torch.int64)
     placed = sk.call(
-        aten.embedding.default, sk.parameter("places.weight", 64, hidden, spread=1.0), places, to=("sequence", hidden)
+        aten.embedding.default,
+        sk.parameter("places.weight", 64, hidden, spread=1.0),
+        places,
+        to=("sequence", hidden),
     )
     x = norm(sk.call(aten.add.Tensor, words, placed, to=shape), "embeddings.norm")
     parts = []
@@ -188,7 +209,9 @@ def tiny_encoder(hidden: int = 32, heads: int = 4, vocabulary: int = 50, seed: i
     )
     y = sk.call(aten.transpose.int, y, 1, 2, to=(*BS, heads, width))
     y = sk.call(aten.reshape.default, y, [batch, sequence, hidden], to=shape)
-    x = norm(sk.call(aten.add.Tensor, linear(y, "attention.o", hidden, hidden), x, to=shape), "attention.norm")
+    x = norm(
+        sk.call(aten.add.Tensor, linear(y, "attention.o", hidden, hidden), x, to=shape), "attention.norm"
+    )
     h = sk.call(aten.gelu.default, linear(x, "mlp.up", 4 * hidden, hidden), to=(*BS, 4 * hidden))
     x = norm(sk.call(aten.add.Tensor, linear(h, "mlp.down", hidden, 4 * hidden), x, to=shape), "mlp.norm")
     halves = sk.call(aten.chunk.default, x, 2, -1, to=(*BS, hidden // 2))
