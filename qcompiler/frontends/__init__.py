@@ -1,0 +1,24 @@
+"""Front ends: each turns a kind of model into a Program. What they need is imported when they are asked."""
+
+import importlib
+from typing import Any
+
+from qcompiler.errors import No
+from qcompiler.plugins import FrontEnd, Plugin
+
+
+def _lazy(name: str) -> FrontEnd:
+    """The front end in the module of that name, imported at its first use."""
+    path = f"qcompiler.frontends.{name}"
+
+    def accepts(source: Any) -> bool | No:
+        answer: bool | No = importlib.import_module(path).accepts(source)
+        return answer
+
+    def capture(source: Any, example_inputs: Any = None) -> Any:
+        return importlib.import_module(path).capture(source, example_inputs)
+
+    return FrontEnd(name, accepts, capture)
+
+
+PLUGIN = Plugin(frontends=tuple(map(_lazy, ("huggingface", "gguf", "onnx", "fx", "torch_module"))))
