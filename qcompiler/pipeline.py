@@ -49,6 +49,10 @@ class Pass(abc.ABC):
     def run(self, program: Program, ctx: "Context") -> None:
         """Change `program`; refusals and layer records go to `ctx`."""
 
+    def plan(self) -> "Pass":
+        """The pass that does the same to the program's structure without data, for `explain`."""
+        return self
+
     @property
     def uses_data(self) -> bool:
         """Whether the pass needs calibration data."""

@@ -244,6 +244,36 @@ class Program:
             self.graph.erase_node(source)
         del self.tensors[name]
 
+    def restore_tensor(self, name: str) -> None:
+        """Put the dequantized float tensor in the place of the quantized tensor `name`, at every use of it."""
+        self.tensors[name] = self.qtensor(name).dequantize()
+        for user in self._users_of(name):
+            with self.graph.inserting_before(user):
+                weight = self.get(name, like=user)
+            if user.target is ops.qc.linear:
+                self.replace(user, torch.ops.aten.linear.default, (user.args[0], weight, *user.args[2:3]))
+            elif user.target is ops.qc.embedding:
+                self.replace(user, torch.ops.aten.embedding.default, (weight, user.args[0]))
+            else:
+                user.replace_all_uses_with(weight)
+                self.graph.erase_node(user)
+        self.clean()
+
+    def _users_of(self, name: str) -> list[fx.Node]:
+        """The qc:: calls that read the quantized tensor `name`."""
+        first = f"{name}::{part_names(self.quantized[name])[0]}"
+        parts = [n for n in self.graph.nodes if n.op == "get_attr" and n.target == first]
+        return [user for part in parts for user in part.users]
+
+    def replace_qtensor(self, name: str, weight: QTensor) -> None:
+        """Put another record in the place of the quantized tensor `name`, at every use of it."""
+        for user in self._users_of(name):
+            with self.graph.inserting_before(user):
+                parts = self.add_qtensor(name, weight)
+            user.update_arg(0 if user.target is ops.qc.dequantize else 1, parts)
+            user.update_kwarg("spec", weight.spec())
+        self.clean()
+
     def clean(self) -> int:
         """Remove dead nodes and tensors nobody reads; returns how many nodes went."""
         before = len(self.graph.nodes)

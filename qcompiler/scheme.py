@@ -327,6 +327,14 @@ class QTensor:
         """Bytes of all parts together."""
         return sum(part.nbytes for part in self.parts().values())
 
+    @property
+    def dequantized_bytes(self) -> int:
+        """Bytes of the float tensor this record stands for."""
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
     def with_parts(self, **parts: Any) -> "QTensor":
         """A copy with some fields replaced."""
         return replace(self, **parts)

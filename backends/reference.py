@@ -1,0 +1,64 @@
+"""The reference backend: every op by its eager meaning in PyTorch. It runs any program, and is always last."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler.errors import BackendError
+from qcompiler.program import Program
+from qcompiler.target import Answer, Backend, Decoder, Runner
+
+
+class Reference(Backend):
+    """Run the program in PyTorch, node by node; quantized weights are decoded once, when the program is lowered."""
+
+    name: ClassVar[str] = "reference"
+
+    def accepts(self, program: Program, node: fx.Node) -> Answer:
+        return True
+
+    def lower(self, program: Program, folder: Path | None = None) -> "ReferenceRunner":
+        return ReferenceRunner(decoded(program))
+
+
+def decoded(program: Program) -> Program:
+    """A copy whose quantized tensors are float tensors: the same results, without decoding at every call."""
+    copy = program.copy()
+    for name in list(copy.quantized):
+        copy.restore_tensor(name)
+    copy.clean()
+    return copy
+
+
+class ReferenceRunner(Runner):
+    """A program run by PyTorch."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.program(**inputs)
+
+    def decoder(self, batch: int, capacity: int) -> "ReferenceDecoder":
+        if not self.program.caches:
+            raise BackendError("the program has no cache, so it cannot decode; add the pass kv_cache to the recipe")
+        return ReferenceDecoder(self.program)
+
+
+class ReferenceDecoder(Decoder):
+    """Generation with caches that grow."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.state: dict[str, Tensor] = {}
+
+    def step(self, ids: Tensor) -> Tensor:
+        inputs: dict[str, Tensor] = {"input_ids": ids, **self.state}
+        if any(i.name == "logits_positions" for i in self.program.inputs):
+            inputs["logits_positions"] = torch.tensor([ids.shape[1] - 1])
+        outputs = self.program(**inputs)
+        self.state = self.program.cache_updates(outputs)
+        return outputs["logits"][:, -1]

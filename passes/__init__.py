@@ -1,0 +1,16 @@
+"""The built-in methods: one method, one file."""
+
+if __name__ != "qcompiler.passes":
+    raise ImportError("import qcompiler.passes, not passes")
+
+from pathlib import Path
+
+from qcompiler.passes.gptq import Gptq
+from qcompiler.passes.pack import Pack
+from qcompiler.passes.rtn import Rtn
+from qcompiler.plugins import Plugin
+
+PLUGIN = Plugin(
+    passes=(Gptq, Pack, Rtn),
+    recipes=Path(__file__).parent / "recipes",
+)

@@ -1,0 +1,64 @@
+"""Which linear layers a weight pass works on, and how much of the model that is."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import fx
+
+from qcompiler.calibration import mark_segments
+from qcompiler.errors import ContractError, No, RecipeError
+from qcompiler.pipeline import Context
+from qcompiler.program import Program
+
+BODY, HEAD = "@body", "@head"
+
+
+def select(program: Program, include: Sequence[str], exclude: Sequence[str], ctx: Context) -> list[fx.Node]:
+    """The float linear layers whose module path or weight name matches `include` and not `exclude`.
+
+    Patterns are shell-style (`*.mlp.*`); `@head` is the layers after the last repeated block (the language-model
+    head), `@body` all others. Raises RecipeError for a pattern that matches no layer.
+    """
+    last = mark_segments(program) - 1
+    layers = program.linears()
+    for pattern in (*include, *exclude):
+        if not any(_matches(node, pattern, last) for node in layers):
+            paths = sorted({_path(node) for node in layers})
+            shown = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
+            raise RecipeError(f'the pattern "{pattern}" matches none of the {len(paths)} linear layers: {shown or "none"}')
+    chosen = []
+    for node in layers:
+        if not any(_matches(node, pattern, last) for pattern in include):
+            continue
+        if any(_matches(node, pattern, last) for pattern in exclude):
+            ctx.refuse(No("excluded by the recipe", _path(node)))
+            continue
+        chosen.append(node)
+    return chosen
+
+
+def check_coverage(chosen: int, done: int, minimum: float) -> None:
+    """Raise ContractError if fewer than `minimum` (0 to 1) of the chosen layers were quantized."""
+    if chosen and done / chosen < minimum:
+        raise ContractError(
+            f"only {done} of {chosen} selected linear layers were quantized, min_coverage is {minimum:g}; "
+            "the refusals in the report say why, min_coverage=0 accepts it"
+        )
+
+
+def _matches(node: fx.Node, pattern: str, last: int) -> bool:
+    if pattern in (BODY, HEAD):
+        is_head = last > 0 and node.meta.get("segment") == last
+        return is_head == (pattern == HEAD)
+    return fnmatchcase(_path(node), pattern) or fnmatchcase(weight_name(node), pattern)
+
+
+def _path(node: fx.Node) -> str:
+    return str(node.meta.get("path", "")) or weight_name(node)
+
+
+def weight_name(node: fx.Node) -> str:
+    """The name of a linear layer's stored weight."""
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    return str(weight.target)

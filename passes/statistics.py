@@ -1,0 +1,55 @@
+"""Statistics that more than one pass asks for, each a fold over activations [tokens, channels]."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompiler.calibration import Statistic
+
+
+@dataclass(frozen=True)
+class Hessian(Statistic):
+    """The mean of x x' over tokens, float32 [channels, channels]: the curvature of the layer's squared error."""
+
+    def start(self) -> tuple[int, Tensor | None]:
+        return 0, None
+
+    def step(self, state: tuple[int, Tensor | None], x: Tensor) -> tuple[int, Tensor | None]:
+        count, mean = state
+        x = x.float()
+        total = count + x.shape[0]
+        if mean is None:
+            return total, x.T @ x / total
+        # A running mean: the sum over all tokens would lose the small entries.
+        return total, mean.mul_(count / total).addmm_(x.T, x, alpha=1 / total)
+
+    def done(self, state: tuple[int, Tensor | None]) -> Tensor | None:
+        return state[1]
+
+
+@dataclass(frozen=True)
+class AbsMax(Statistic):
+    """The largest magnitude of each channel, float32 [channels]."""
+
+    def start(self) -> None:
+        return None
+
+    def step(self, state: Tensor | None, x: Tensor) -> Tensor:
+        largest = x.float().abs().amax(0)
+        return largest if state is None else torch.maximum(state, largest)
+
+
+@dataclass(frozen=True)
+class MinMax(Statistic):
+    """The smallest and largest value of each channel, float32 [2, channels]."""
+
+    def start(self) -> None:
+        return None
+
+    def step(self, state: Tensor | None, x: Tensor) -> Tensor:
+        x = x.float()
+        low, high = x.amin(0), x.amax(0)
+        if state is not None:
+            low, high = torch.minimum(state[0], low), torch.maximum(state[1], high)
+        return torch.stack([low, high])

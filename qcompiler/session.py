@@ -1,0 +1,119 @@
+"""Session: a compiled model, ready to run: logits, text, report, save."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from qcompiler import artifact
+from qcompiler.errors import InputError
+from qcompiler.program import Program
+from qcompiler.report import Report
+from qcompiler.target import Runner
+
+OnToken = Callable[[int, str], None]
+
+
+class Session:
+    """A compiled model: call it for logits, `generate` for text, `save` it as a folder.
+
+    `program` is what was compiled, `runner` what runs it, `report` what happened.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        runner: Runner,
+        report: Report,
+        tokenizer: Any = None,
+        files: Path | None = None,
+    ) -> None:
+        self.program = program
+        self.runner = runner
+        self.report = report
+        self.tokenizer = tokenizer
+        self._files = files
+
+    def __call__(self, input_ids: Tensor | None = None, **inputs: Tensor) -> Tensor:
+        """The first output (the logits [batch, sequence, vocabulary] of a language model) for the given inputs."""
+        if input_ids is not None:
+            inputs[self.program.inputs[0].name] = input_ids
+        return self.runner(inputs)[self.program.outputs[0]]
+
+    @overload
+    def generate(self, prompt: str, max_new_tokens: int = ..., **options: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Tensor, max_new_tokens: int = ..., **options: Any) -> Tensor: ...
+    @overload
+    def generate(self, prompt: Sequence[str], max_new_tokens: int = ..., **options: Any) -> list[str]: ...
+
+    def generate(
+        self,
+        prompt: "str | Tensor | Sequence[str]",
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_token: OnToken | None = None,
+    ) -> "str | Tensor | list[str]":
+        """Continue a prompt: text gives text (without the prompt), several texts a list, token ids [batch, n] ids.
+
+        Greedy at temperature 0, sampled otherwise. Generation ends at the model's end token or after
+        `max_new_tokens`. `on_token(id, text so far)` is called for each token of a text.
+        Raises InputError for an empty prompt, or text without a tokenizer.
+        """
+        if isinstance(prompt, Tensor):
+            return self._continue(prompt, max_new_tokens, temperature, seed, None)
+        if not isinstance(prompt, str):
+            return [
+                self.generate(p, max_new_tokens, temperature=temperature, seed=seed, on_token=on_token) for p in prompt
+            ]
+        if self.tokenizer is None:
+            raise InputError("this model has no tokenizer; give token ids instead of text")
+        ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        whole = self._continue(ids, max_new_tokens, temperature, seed, on_token)
+        return str(self.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
+
+    def _continue(
+        self, ids: Tensor, limit: int, temperature: float, seed: int, on_token: OnToken | None
+    ) -> Tensor:
+        if ids.dim() != 2 or ids.shape[1] == 0:
+            raise InputError(f"a prompt is token ids [batch, length >= 1], not {tuple(ids.shape)}")
+        random = torch.Generator().manual_seed(seed)
+        ends = torch.tensor(self.program.info.get("eos_token_ids") or [], dtype=torch.int64)
+        decoder = self.runner.decoder(ids.shape[0], ids.shape[1] + limit)
+        whole, step = ids, ids
+        ended = torch.zeros(ids.shape[0], dtype=torch.bool)
+        for _ in range(limit):
+            logits = decoder.step(step)
+            step = choose(logits, temperature, random)
+            step = torch.where(ended[:, None], whole[:, -1:], step)
+            whole = torch.cat([whole, step], dim=1)
+            ended |= torch.isin(step[:, 0], ends)
+            if on_token:
+                text = self.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+                on_token(int(step[0, 0]), text)
+            if bool(ended.all()):
+                break
+        return whole
+
+    def save(self, folder: str | Path) -> None:
+        """Write the artifact: the program, its tensors, the report, the tokenizer, and what the backend made."""
+        artifact.save(
+            Path(folder),
+            self.program,
+            self.report,
+            recipe=self.report.recipe,
+            backend=self.report.backend,
+            files=self._files,
+            tokenizer=self.tokenizer,
+        )
+
+
+def choose(logits: Tensor, temperature: float, random: torch.Generator) -> Tensor:
+    """The next token ids [batch, 1]: the most likely, or sampled at a temperature."""
+    if temperature <= 0.0:
+        return logits.argmax(-1, keepdim=True)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=random)
