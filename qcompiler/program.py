@@ -62,7 +62,8 @@ class Program:
     ATen, `qc::` and a few Python operators, and one output node. Every node has `meta["type"]`: a Type, a tuple of
     them, or None for a plain number; `meta["path"]` is the module path it came from, `meta["segment"]` the index
     of its repeated block (see calibration.py). `info` is free JSON-able provenance. `quantized` maps the name of a
-    quantized tensor to its spec; its parts stand in `tensors` as `name::part`.
+    quantized tensor to its spec; its parts stand in `tensors` as `name::part`. `codes` holds the quantized form in
+    which the source stored a float tensor, where it did (pass `carry` puts it in place).
     """
 
     graph: fx.Graph
@@ -71,6 +72,7 @@ class Program:
     outputs: tuple[str, ...]
     info: dict[str, Any] = field(default_factory=dict)
     quantized: dict[str, str] = field(default_factory=dict)
+    codes: dict[str, QTensor] = field(default_factory=dict)
     _digests: dict[str, tuple[Tensor, int, bytes]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -285,6 +287,8 @@ class Program:
             del self.tensors[name]
         for name in [q for q in self.quantized if not any(t.startswith(f"{q}::") for t in used)]:
             del self.quantized[name]
+        for name in [name for name in self.codes if name not in self.tensors]:
+            del self.codes[name]
         return before - len(self.graph.nodes)
 
     def copy(self) -> "Program":
@@ -300,6 +304,7 @@ class Program:
             self.outputs,
             dict(self.info),
             dict(self.quantized),
+            dict(self.codes),
             dict(self._digests),
         )
 
@@ -308,7 +313,7 @@ class Program:
         fresh = snapshot.copy()
         self.graph, self.tensors = fresh.graph, fresh.tensors
         self.inputs, self.outputs = fresh.inputs, fresh.outputs
-        self.info, self.quantized = fresh.info, fresh.quantized
+        self.info, self.quantized, self.codes = fresh.info, fresh.quantized, fresh.codes
 
     # -- checking --------------------------------------------------------------------------------------------
 

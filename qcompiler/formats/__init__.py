@@ -1,0 +1,1 @@
+"""Checkpoint formats: serialisations of QTensor, read and written without ever quantizing again."""
