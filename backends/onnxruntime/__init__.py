@@ -1,0 +1,5 @@
+"""The backend `onnxruntime`."""
+
+from qcompiler.backends.onnxruntime.backend import OnnxRuntime
+
+__all__ = ["OnnxRuntime"]

@@ -1,0 +1,74 @@
+"""The backend `onnxruntime`: a program as one ONNX graph, run by ONNX Runtime's CPU kernels."""
+
+import importlib.util
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import fx
+
+from qcompiler.errors import BackendError, No
+from qcompiler.program import Program
+from qcompiler.target import Answer, Backend, Runner
+
+PACKAGES = ("onnx", "onnx_ir", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class OnnxRuntime(Backend):
+    """Lower programs to ONNX and run them in ONNX Runtime.
+
+    `accuracy_level` is that of quantized matrix products: 4 rounds activations to 8 bits, a block at a time, and is
+    the fastest; 0 keeps them float. `threads` (None: as many as PyTorch uses) work inside one operator.
+    `padding` lowers attention so that batches may be padded on the left, which is slower. `max_positions` is the
+    longest sequence that rotary tables are made for, where the model itself is not limited to less.
+    """
+
+    name: ClassVar[str] = "onnxruntime"
+    accuracy_level: int = 4
+    threads: int | None = None
+    padding: bool = False
+    max_positions: int = 8192
+
+    def available(self) -> Answer:
+        """True, or which package is missing."""
+        missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+        if not missing:
+            return True
+        return No(f'needs the Python package "{missing[0]}"; install it with: pip install "qcompiler[onnx]"')
+
+    def accepts(self, program: Program, node: fx.Node) -> Answer:
+        """True if there is a rule that lowers `node`, or a No that says what it cannot express."""
+        from qcompiler.backends.onnxruntime.rules import try_rule
+
+        return try_rule(program, node)
+
+    def lower(self, program: Program, folder: Path | None = None) -> Runner:
+        """Write model.onnx and model.onnx.data to `folder` (or a temporary one) and open them."""
+        from qcompiler.backends.onnxruntime.rules import export
+        from qcompiler.backends.onnxruntime.runner import OnnxRunner
+
+        self._check()
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            summary = export(program, folder, self.accuracy_level, self.padding, self.max_positions)
+            return OnnxRunner(program, folder, self.threads, summary)
+        temporary = tempfile.TemporaryDirectory(prefix="qcompiler-")
+        summary = export(program, Path(temporary.name), self.accuracy_level, self.padding, self.max_positions)
+        return OnnxRunner(program, Path(temporary.name), self.threads, summary, temporary)
+
+    def load(self, program: Program, folder: Path) -> Runner:
+        """Open the files that `lower` wrote to `folder`; they are written again if they are not there."""
+        from qcompiler.backends.onnxruntime.graph import MODEL
+        from qcompiler.backends.onnxruntime.runner import OnnxRunner
+
+        self._check()
+        if not (folder / MODEL).exists():
+            return self.lower(program, folder)
+        return OnnxRunner(program, folder, self.threads)
+
+    def _check(self) -> None:
+        answer = self.available()
+        if isinstance(answer, No):
+            raise BackendError(f"backend {self.name} {answer}")

@@ -1,0 +1,186 @@
+"""An ONNX graph under construction, and the two files it becomes: model.onnx and model.onnx.data."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from qcompiler.program import Type
+
+OPSET = 23
+IR_VERSION = 10
+MICROSOFT = "com.microsoft"
+MODEL, DATA = "model.onnx", "model.onnx.data"
+PAGE = 4096  # large tensors start on a page, so that ONNX Runtime can map them instead of copying
+
+ONNX_DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.float64: ir.DataType.DOUBLE,
+    torch.int64: ir.DataType.INT64,
+    torch.int32: ir.DataType.INT32,
+    torch.int16: ir.DataType.INT16,
+    torch.int8: ir.DataType.INT8,
+    torch.uint8: ir.DataType.UINT8,
+    torch.bool: ir.DataType.BOOL,
+}
+TORCH_DTYPES = {theirs: ours for ours, theirs in ONNX_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor to be written, made when it is written: one at a time is in memory.
+
+    Two tensors with the same `key` have the same bytes, perhaps in another shape, and are written once.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+    key: str
+
+
+@dataclass
+class Graph:
+    """ONNX nodes in order and the tensors they read."""
+
+    nodes: list[ir.Node] = field(default_factory=list)
+    constants: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
+    stored: dict[str, tuple[ir.Value, Stored]] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+
+    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", name: str = "", **attributes: Any) -> ir.Value:
+        """Add a node with one output and return that; attributes that are None are left out."""
+        return self.ops(kind, *inputs, outputs=1, domain=domain, name=name, **attributes)[0]
+
+    def ops(
+        self,
+        kind: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        domain: str = "",
+        name: str = "",
+        **attributes: Any,
+    ) -> list[ir.Value]:
+        """Add a node with several outputs and return them."""
+        base = name or kind
+        values = [ir.Value(name=self.unique(f"{base}.{i}" if i else base)) for i in range(outputs)]
+        given = list(inputs)
+        while given and given[-1] is None:
+            given.pop()
+        shown = {key: value for key, value in attributes.items() if value is not None}
+        label = self.unique(f"{values[0].name}/{kind}")
+        self.nodes.append(ir.node(kind, given, shown, domain=domain, outputs=values, name=label))
+        return values
+
+    def constant(self, value: Any, dtype: torch.dtype | None = None) -> ir.Value:
+        """A small tensor, written into the model file; equal ones are one."""
+        tensor = torch.as_tensor(value, dtype=dtype)
+        key = (tensor.numpy().tobytes(), tensor.dtype, tensor.shape)
+        if key not in self.constants:
+            name = self.unique("constant")
+            data = ir.tensor(tensor.numpy().copy(), name=name)
+            self.constants[key] = typed(ir.val(name, const_value=data), Type(tuple(tensor.shape), tensor.dtype))
+        return self.constants[key]
+
+    def store(self, name: str, tensor: Stored) -> ir.Value:
+        """A large tensor, written into the data file; asked for twice it is the same value."""
+        if name not in self.stored:
+            value = typed(ir.Value(name=self.unique(name)), Type(tensor.shape, tensor.dtype))
+            self.stored[name] = (value, tensor)
+        return self.stored[name][0]
+
+    def input(self, name: str, kind: Type) -> ir.Value:
+        """A graph input."""
+        return typed(ir.Value(name=self.unique(name)), kind)
+
+    def unique(self, name: str) -> str:
+        """`name`, with a number where it is taken."""
+        found, i = name, 1
+        while found in self.names:
+            found, i = f"{name}.{i}", i + 1
+        self.names.add(found)
+        return found
+
+    def save(self, folder: Path, inputs: Sequence[ir.Value], outputs: Mapping[str, ir.Value]) -> ir.Model:
+        """Write to `folder` what the outputs depend on; inputs that nothing reads are left out."""
+        ends = [self._end(name, value) for name, value in outputs.items()]
+        nodes = needed(self.nodes, ends)
+        used = {value for node in nodes for value in node.inputs if value is not None}
+        initializers = [value for value in self.constants.values() if value in used]
+        pairs = [pair for pair in self.stored.values() if pair[0] in used]
+        write_tensors(pairs, folder)
+        graph = ir.Graph(
+            [value for value in inputs if value in used],
+            ends,
+            nodes=nodes,
+            initializers=[*initializers, *(value for value, _ in pairs)],
+            opset_imports={"": OPSET, MICROSOFT: 1},
+            name="program",
+        )
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="qcompiler")
+        ir.save(model, folder / MODEL)
+        return model
+
+    def _end(self, name: str, value: ir.Value) -> ir.Value:
+        """The graph output called `name`."""
+        end = self.op("Identity", value, name=name) if value.producer() is None or value.is_graph_output() else value
+        end.name = name
+        end.type, end.shape = value.type, value.shape
+        return end
+
+
+def needed(nodes: Sequence[ir.Node], outputs: Iterable[ir.Value]) -> list[ir.Node]:
+    """Those of `nodes` that `outputs` depend on, in order."""
+    found = {value.producer() for value in outputs}
+    for node in reversed(nodes):
+        if node in found:
+            found |= {value.producer() for value in node.inputs if value is not None}
+    return [node for node in nodes if node in found]
+
+
+def write_tensors(pairs: Iterable[tuple[ir.Value, Stored]], folder: Path) -> None:
+    """Write tensors to the data file, one at a time, and point their values at it."""
+    places: dict[str, tuple[int, int]] = {}
+    with (folder / DATA).open("wb") as file:
+        for value, stored in pairs:
+            if stored.key not in places:
+                raw = np.ascontiguousarray(stored.make().detach().numpy())
+                unit = PAGE if raw.nbytes >= PAGE else 64
+                file.seek(-(-file.tell() // unit) * unit)
+                places[stored.key] = (file.tell(), raw.nbytes)
+                file.write(raw.data)
+            offset, length = places[stored.key]
+            value.const_value = ir.ExternalTensor(
+                DATA,
+                offset,
+                length,
+                ONNX_DTYPES[stored.dtype],
+                shape=ir.Shape(stored.shape),
+                name=str(value.name),
+                base_dir=folder,
+            )
+
+
+def typed(value: ir.Value, kind: Type) -> ir.Value:
+    """The same value, with type and shape set."""
+    value.type = ir.TensorType(ONNX_DTYPES[kind.dtype])
+    value.shape = ir.Shape(kind.shape)
+    return value
+
+
+def dtype_of(value: ir.Value) -> torch.dtype:
+    """The dtype of a typed value."""
+    assert value.dtype is not None
+    return TORCH_DTYPES[value.dtype]
+
+
+def sizes_of(value: ir.Value) -> tuple[int | str, ...]:
+    """The sizes of a typed value; dynamic ones are names."""
+    assert value.shape is not None
+    return tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)

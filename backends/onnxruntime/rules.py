@@ -1,0 +1,73 @@
+"""All rules and fusions, and the two things done with them: exporting a program and trying one node."""
+
+import collections
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from qcompiler.backends.onnxruntime import attention, elementwise, products, quantized, shapes
+from qcompiler.backends.onnxruntime.decoder import group_query
+from qcompiler.backends.onnxruntime.fusions import skip_norm
+from qcompiler.backends.onnxruntime.lowering import SCALAR, Fusion, Lowering, Options, Rule, Unsupported, operator_name
+from qcompiler.errors import BackendError
+from qcompiler.program import Program
+from qcompiler.target import Answer
+
+RULES: dict[str, Rule] = {
+    **elementwise.RULES,
+    **shapes.RULES,
+    **products.RULES,
+    **attention.RULES,
+    **quantized.RULES,
+}
+FUSIONS: dict[str, tuple[Fusion, ...]] = {"aten.add": (skip_norm,), "qc.cached_attention": (group_query,)}
+
+
+def export(program: Program, folder: Path, accuracy_level: int, padding: bool, max_positions: int) -> dict[str, Any]:
+    """Write the program to `folder` as model.onnx and model.onnx.data; returns what the report says about it."""
+    limit = program.info.get("max_positions") or max_positions
+    options = Options(accuracy_level, padding, min(max_positions, limit))
+    low = Lowering(program, options, RULES, FUSIONS)
+    try:
+        outputs = low.run()
+    except Unsupported as error:
+        where = low.node.name if low.node is not None else ""
+        raise BackendError(
+            f'ONNX Runtime cannot run node "{where}": {error}; use the backend "reference" for this program'
+        ) from error
+    model = low.graph.save(folder, list(low.inputs.values()), outputs)
+    counts = collections.Counter(node.op_type for node in model.graph)
+    return {
+        "nodes": dict(counts.most_common()),
+        "kernels": dict(collections.Counter(low.kernels.values())),
+        "refusals": sorted({str(no) for no in low.refusals}),
+    }
+
+
+def try_rule(program: Program, node: fx.Node) -> Answer:
+    """True if `node` alone can be lowered: its rule is tried on values of the types that the program gives."""
+    low = Lowering(program, Options(), RULES, {})
+    low.node = node
+    try:
+        for argument in node.all_input_nodes:
+            if argument.op != "get_attr":
+                stand_in(low, argument)
+        low.lower(node)
+    except Unsupported as error:
+        return error.no.at(f"{node.name} ({operator_name(node)})")
+    return True
+
+
+def stand_in(low: Lowering, node: fx.Node) -> None:
+    """Give `node` a value of its type that nothing computes."""
+    kind = node.meta.get("type")
+    try:
+        if isinstance(kind, tuple):
+            low.values[node] = [low.graph.input(node.name, one) if one else None for one in kind]
+        else:
+            low.values[node] = low.graph.input(node.name, kind or SCALAR)
+    except KeyError:
+        raise Unsupported(f"{kind} is not computed in by ONNX Runtime's CPU kernels") from None
+
+
