@@ -60,8 +60,7 @@ def windows(tokens: Tensor, length: int, count: int | None = None) -> list[Tenso
     found = len(tokens) // length
     if not found:
         raise InputError(
-            f"the text has {len(tokens)} tokens, fewer than one window of {length}; "
-            "give more text or a shorter length"
+            f"the text has {len(tokens)} tokens, fewer than one window of {length}; give more text or a shorter length"
         )
     return list(tokens[: found * length].view(found, 1, length)[:count])
 
@@ -110,7 +109,7 @@ def _exp(nll: float) -> float:
 
 
 def _window_means(logits: Tensor, reference: Tensor | None, targets: Tensor) -> Tensor:
-    """float64 [4]: one window's means of negative log-likelihood, KL, agreement, the baseline's likelihood."""
+    """float64 [4]: a window's means of negative log-likelihood, KL, agreement, the baseline's likelihood."""
     if reference is not None and reference.shape != logits.shape:
         raise InputError(
             f"the baseline predicts {reference.shape[-1]} tokens and the model {logits.shape[-1]}; "
@@ -135,9 +134,7 @@ def _block_sums(logits: Tensor, reference: Tensor | None, targets: Tensor) -> Te
     return sums
 
 
-def speed(
-    runner: Runner, vocabulary: int, prompt_tokens: int = 512, new_tokens: int = 128, repeats: int = 3
-) -> Speed:
+def speed(runner: Runner, vocabulary: int, prompt_tokens: int = 512, new_tokens: int = 128, repeats: int = 3) -> Speed:
     """Time prefill of [1, prompt_tokens] (the last position's logits only) and greedy decoding, one by one.
 
     A short unmeasured round comes first. Raises BackendError if the program has no cache.
@@ -192,9 +189,7 @@ def vocabulary_of(program: Program) -> int:
 def encode(tokenizer: Any, text: str) -> Tensor:
     """The ids int64 [n] of a text, without special tokens; InputError if there is no tokenizer."""
     if tokenizer is None:
-        raise InputError(
-            "the model has no tokenizer to turn text into tokens; put its files beside the model"
-        )
+        raise InputError("the model has no tokenizer to turn text into tokens; put its files beside the model")
     # verbose: it would warn of a text longer than the model's context, which is cut into windows anyway.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
