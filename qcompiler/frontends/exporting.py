@@ -91,6 +91,15 @@ def export(
     return _Lifter(exported, list(inputs), outputs, sizes, defaults or {}).program()
 
 
+def check_weights(model: nn.Module) -> None:
+    """CaptureError if a parameter holds NaN, or nothing at all."""
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise CaptureError(f'the weight "{name}" has no data; load the model before capturing it')
+        if bool(tensor.isnan().any()):
+            raise CaptureError(f'the weight "{name}" holds NaN; the file is damaged or training diverged')
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """All submodules in eval mode, and as they were before afterwards."""
@@ -121,9 +130,10 @@ def _quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    """The kind of an error and the start of its text: a line, and the next where that lists what the first announces."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 2 if lines and "Constraints violated" in lines[0] else 1])
+    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
 
 
 def _changes_tensors(graph_module: fx.GraphModule) -> bool:

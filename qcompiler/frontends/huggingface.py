@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qcompiler.errors import CaptureError, InputError, No
 from qcompiler.frontends import attention
-from qcompiler.frontends.exporting import Sizes, evaluating, export, first_line
+from qcompiler.frontends.exporting import Sizes, check_weights, evaluating, export, first_line
 from qcompiler.frontends.verification import Case, verify
 from qcompiler.program import Program
 
@@ -51,11 +51,9 @@ def capture(source: Any, example_inputs: Any = None) -> Program:
 
     Raises InputError for a folder that cannot be loaded, CaptureError for a model that cannot be captured.
     """
-    if example_inputs is not None:
-        raise InputError("a transformers model is captured without example inputs; leave them out")
     if not isinstance(source, (str, Path)):
-        return capture_model(source)
-    program = capture_model(load(Path(source)))
+        return capture_model(source, example_inputs)
+    program = capture_model(load(Path(source)), example_inputs)
     program.info["source"] = str(source)
     if any(Path(source).glob("tokenizer*")):
         program.info["tokenizer"] = str(source)
@@ -96,13 +94,15 @@ def _model_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def capture_model(model: nn.Module, *, tokenizer: Path | None = None) -> Program:
+def capture_model(model: nn.Module, example_inputs: Any = None) -> Program:
     """Capture a loaded transformers model: token ids to logits, or to the encoder's states.
 
-    `model` is left as it was found. `tokenizer` is the folder of its tokenizer files. Raises CaptureError if weights
-    are NaN or if no way of capturing reproduces the model.
+    `model` is left as it was found. Raises InputError if example inputs are given, and CaptureError if weights are NaN
+    or if no way of capturing reproduces the model.
     """
-    _check_weights(model)
+    if example_inputs is not None:
+        raise InputError("a transformers model is captured without example inputs; leave them out")
+    check_weights(model)
     sizes = Lengths.of(model)
     refused: list[str] = []
     with evaluating(model):
@@ -146,14 +146,6 @@ def _windows(config: Any) -> Iterator[int]:
             yield from _windows(value)
         elif isinstance(value, int) and re.search("window|chunk|local|block|stride", str(key)):
             yield value
-
-
-def _check_weights(model: nn.Module) -> None:
-    for name, tensor in model.named_parameters():
-        if tensor.is_meta:
-            raise CaptureError(f'the weight "{name}" has no data; load the model before capturing it')
-        if bool(tensor.isnan().any()):
-            raise CaptureError(f'the weight "{name}" holds NaN; the file is damaged or training diverged')
 
 
 def _ways(model: nn.Module) -> Iterator[Way]:
@@ -254,4 +246,5 @@ def _info(model: nn.Module, way: Way, error: float) -> dict[str, Any]:
         "bos": getattr(generation, "bos_token_id", None),
         "eos": eos if isinstance(eos, list) else [eos] if eos is not None else [],
         "pad": getattr(generation, "pad_token_id", None),
+        "tokenizer": None,
     }
