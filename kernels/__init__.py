@@ -1,4 +1,5 @@
-"""Hand-written kernels, one to a file: kernel, launcher, what it accepts, the check against its meaning."""
+"""Hand-written kernels, one to a file: kernel, launcher, what it accepts, the check against its meaning.
 
-if __name__ != "qcompiler.kernels":
-    raise ImportError("import qcompiler.kernels, not kernels")
+A bare `import kernels` is not refused, as it is for passes and backends: transformers looks for Hugging Face's package
+of that name, and at the root of a checkout it finds this folder. It must find a module without a version.
+"""

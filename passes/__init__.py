@@ -5,12 +5,13 @@ if __name__ != "qcompiler.passes":
 
 from pathlib import Path
 
+from qcompiler.passes.carry import Carry
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.pack import Pack
 from qcompiler.passes.rtn import Rtn
 from qcompiler.plugins import Plugin
 
 PLUGIN = Plugin(
-    passes=(Gptq, Pack, Rtn),
+    passes=(Carry, Gptq, Pack, Rtn),
     recipes=Path(__file__).parent / "recipes",
 )

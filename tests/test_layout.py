@@ -82,11 +82,17 @@ def test_every_data_file_is_listed() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("name", LINKED)
+@pytest.mark.parametrize("name", ("passes", "backends"))
 def test_bare_import_is_refused(name: str) -> None:
     """At the root `import passes` finds the folder, and would make a second copy of every class."""
     found = run(sys.executable, "-c", f"import {name}")
     assert f"ImportError: import qcompiler.{name}, not {name}" in found.stderr
+
+
+def test_transformers_is_not_stopped_by_our_kernels() -> None:
+    """At the root, transformers' search for Hugging Face's package `kernels` finds our folder."""
+    code = "from transformers.utils.import_utils import is_kernels_available as found; print(found())"
+    assert run(sys.executable, "-c", code).stdout == "False\n"
 
 
 def test_entry_points_exist() -> None:

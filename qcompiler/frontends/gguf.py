@@ -85,6 +85,8 @@ def load(file: GgufFile) -> tuple[nn.Module, dict[str, QTensor]]:
 
 def _check_counts(file: GgufFile) -> None:
     """Refuse layer and expert counts for which the file holds no tensors: they would cost memory and hours."""
+    if not file.tensors:
+        raise InputError(f'"{file.path}" holds no tensors (architecture "{file.architecture}")')
     limits = {"block_count": len(file.tensors), "expert_count": max(max(t.shape) for t in file.tensors.values())}
     for key, limit in limits.items():
         value = file.metadata.get(f"{file.architecture}.{key}", 0)
