@@ -5,7 +5,7 @@
 | `manifest.json` | format version, model, recipe, backend, schemes, versions, signature, size and hash of every file |
 | `graph.json` | the graph (graph_json.py) |
 | `model*.safetensors` | the tensors, quantized ones as their canonical parts |
-| `report.json` | what was done |
+| `report.json`, `report.html` | what was done; the page is for people and is never read back |
 | tokenizer files | as transformers writes them |
 | any other | what the backend made for itself, for example `model.onnx` |
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qcompiler import atomic, graph_json, manifest
+from qcompiler import atomic, graph_json, html, manifest
 from qcompiler.errors import InputError
 from qcompiler.formats import safetensors
 from qcompiler.manifest import GRAPH, MANIFEST, REPORT, damaged
@@ -72,6 +72,7 @@ def save(
             shards = safetensors.write(fresh, own, shard_bytes)
             (fresh / GRAPH).write_text(graph, encoding="utf-8")
             report.save(fresh / REPORT)
+            (fresh / "report.html").write_text(html.page(report), encoding="utf-8")
             fields = {
                 "model": report.model,
                 "recipe": recipe,

@@ -87,7 +87,7 @@ def test_round_trip(program: Program, saved: Path) -> None:
     assert again == [(n.name, n.target, n.meta) for n in program.graph.nodes if n.op != "output"]
     for tensor in loaded.program.tensors.values():
         assert tensor.data_ptr() % safetensors.ALIGNMENT == 0
-    assert names(saved) == ["graph.json", "manifest.json", "model.safetensors", "report.json"]
+    assert names(saved) == ["graph.json", "manifest.json", "model.safetensors", "report.html", "report.json"]
 
 
 def test_round_trip_of_an_exported_module(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_an_artifact_is_replaced_whole(program: Program, saved: Path) -> None:
     mapped = artifact.load(saved).program
     before = mapped.fingerprint()
     save(saved, tiny_llama(layers=1))
-    assert names(saved) == ["graph.json", "manifest.json", "model.safetensors", "report.json"]
+    assert names(saved) == ["graph.json", "manifest.json", "model.safetensors", "report.html", "report.json"]
     assert names(saved.parent) == ["model"]
     mapped._digests.clear()
     assert mapped.fingerprint() == before  # what was mapped before stays readable
