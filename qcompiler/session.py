@@ -82,7 +82,7 @@ class Session:
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise InputError(f"a prompt is token ids [batch, length >= 1], not {tuple(ids.shape)}")
         random = torch.Generator().manual_seed(seed)
-        ends = torch.tensor(self.program.info.get("eos_token_ids") or [], dtype=torch.int64)
+        ends = torch.tensor(self.program.info.get("eos") or [], dtype=torch.int64)
         decoder = self.runner.decoder(ids.shape[0], ids.shape[1] + limit)
         whole, step = ids, ids
         ended = torch.zeros(ids.shape[0], dtype=torch.bool)

@@ -114,9 +114,7 @@ def capture_model(model: nn.Module, example_inputs: Any = None) -> Program:
                 continue
             answer = verify(program, lambda given: _call(model, given), _cases(program, model, sizes))
             if not isinstance(answer, No):
-                program.info = _info(model, way, answer) | {
-                    "tokenizer": str(tokenizer) if tokenizer else None
-                }
+                program.info = _info(model, way, answer)
                 return program
             refused.append(f"{way}: {answer}")
     raise CaptureError(f"{type(model).__name__} could not be captured. " + ". ".join(refused))
