@@ -218,7 +218,7 @@ def _availability(kind: type[Backend]) -> str:
     """Whether a backend can be used here, or why not."""
     try:
         answer = kind().available()
-    except Exception as error:  # a stranger's code may raise anything, and must not hide the others
+    except Exception as error:  # noqa: BLE001 - a stranger's code may raise anything, and must not hide the others
         return f"broken: {type(error).__name__}: {error}"
     return "available" if answer else f"not available: {answer}"
 

@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from qcompiler import charts
 from qcompiler.html import page
@@ -163,8 +164,6 @@ def test_ticks_cover_the_range(highest: float) -> None:
 
 @pytest.mark.parametrize("layers", [False, True])
 def test_terminal_view(layers: bool) -> None:
-    from rich.console import Console
-
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(report_view(sample_report(), layers))
     text = console.export_text()

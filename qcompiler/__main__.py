@@ -1,0 +1,50 @@
+"""`python -m qcompiler` and the command `qcompiler`: runs the command line; errors are one sentence on stderr."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from qcompiler.cli import app
+from qcompiler.errors import QCompilerError
+
+USAGE, BUG, INTERRUPTED = 2, 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for what the user can mend, 1 for a bug, 130 for Ctrl-C.
+
+    Tracebacks are shown only with `--debug`, anywhere on the line, or `QCOMPILER_DEBUG=1`.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or os.environ.get("QCOMPILER_DEBUG") == "1"
+    try:
+        app([argument for argument in given if argument != "--debug"], prog_name="qcompiler")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        return _say(error)
+    return 0
+
+
+def _say(error: Exception) -> int:
+    """Print an error as one sentence; returns the exit status."""
+    if isinstance(error, QCompilerError | OSError | MemoryError):
+        sys.stderr.write(f"error: {_one_line(error) or 'not enough memory'}\n")
+        return USAGE
+    sys.stderr.write(
+        f"error: something unforeseen went wrong ({type(error).__name__}: {_one_line(error)}); "
+        "run it again with --debug to see where, and please report it\n"
+    )
+    return BUG
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
