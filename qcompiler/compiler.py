@@ -84,7 +84,7 @@ def compile(
     if rest := steps.passes[len(before_data) :]:
         report.calibration = wanted.describe()
         with _stage(report, "calibration data"):
-            context.samples = data.load(wanted, _writer(program, wanted), tokenizer, context.progress)
+            context.samples = data.load(wanted, calibration_writer(program, wanted), tokenizer, context.progress)
         with _stage(report, "data passes"):
             runner.run(program, rest)
     with _stage(report, "lower"):
@@ -155,7 +155,7 @@ def tokenizer_of(program: Program) -> Any:
         return None
 
 
-def _writer(program: Program, wanted: Calibration) -> Program:
+def calibration_writer(program: Program, wanted: Calibration) -> Program:
     """The program that writes calibration text: with a cache if it can have one."""
     if wanted.source != SELF or program.caches or "logits" not in program.outputs:
         return program
