@@ -46,17 +46,18 @@ class OnnxRuntime(Backend):
 
     def lower(self, program: Program, folder: Path | None = None) -> Runner:
         """Write model.onnx and model.onnx.data to `folder` (or a temporary one) and open them."""
+        from qcompiler.backends.onnxruntime.lowering import Options
         from qcompiler.backends.onnxruntime.rules import export
         from qcompiler.backends.onnxruntime.runner import OnnxRunner
 
         self._check()
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            summary = export(program, folder, self.accuracy_level, self.padding, self.max_positions)
-            return OnnxRunner(program, folder, self.threads, summary)
-        temporary = tempfile.TemporaryDirectory(prefix="qcompiler-")
-        summary = export(program, Path(temporary.name), self.accuracy_level, self.padding, self.max_positions)
-        return OnnxRunner(program, Path(temporary.name), self.threads, summary, temporary)
+        temporary = tempfile.TemporaryDirectory(prefix="qcompiler-") if folder is None else None
+        place = Path(temporary.name) if temporary else folder
+        assert place is not None
+        place.mkdir(parents=True, exist_ok=True)
+        limit = min(self.max_positions, program.info.get("max_positions") or self.max_positions)
+        export(program, place, Options(self.accuracy_level, self.padding, limit))
+        return OnnxRunner(program, place, self.threads, temporary)
 
     def load(self, program: Program, folder: Path) -> Runner:
         """Open the files that `lower` wrote to `folder`; they are written again if they are not there."""

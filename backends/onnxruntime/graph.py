@@ -1,5 +1,7 @@
 """An ONNX graph under construction, and the two files it becomes: model.onnx and model.onnx.data."""
 
+import collections
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from qcompiler.program import Type
 OPSET = 23
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
+METADATA = "qcompiler"
 MODEL, DATA = "model.onnx", "model.onnx.data"
 PAGE = 4096  # large tensors start on a page, so that ONNX Runtime can map them instead of copying
 
@@ -107,8 +110,17 @@ class Graph:
         self.names.add(found)
         return found
 
-    def save(self, folder: Path, inputs: Sequence[ir.Value], outputs: Mapping[str, ir.Value]) -> ir.Model:
-        """Write to `folder` what the outputs depend on; inputs that nothing reads are left out."""
+    def save(
+        self,
+        folder: Path,
+        inputs: Sequence[ir.Value],
+        outputs: Mapping[str, ir.Value],
+        about: Mapping[str, Any],
+    ) -> None:
+        """Write to `folder` what the outputs depend on; inputs that nothing reads are left out.
+
+        `about` is JSON-able and is kept in the model's metadata, with the number of nodes of each kind.
+        """
         ends = [self._end(name, value) for name, value in outputs.items()]
         nodes = needed(self.nodes, ends)
         used = {value for node in nodes for value in node.inputs if value is not None}
@@ -123,9 +135,10 @@ class Graph:
             opset_imports={"": OPSET, MICROSOFT: 1},
             name="program",
         )
-        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="qcompiler")
+        counts = collections.Counter(node.op_type for node in nodes)
+        note = json.dumps({"nodes": dict(counts.most_common()), **about})
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="qcompiler", metadata_props={METADATA: note})
         ir.save(model, folder / MODEL)
-        return model
 
     def _end(self, name: str, value: ir.Value) -> ir.Value:
         """The graph output called `name`."""

@@ -2,7 +2,6 @@
 
 import collections
 from pathlib import Path
-from typing import Any
 
 from torch import fx
 
@@ -24,10 +23,8 @@ RULES: dict[str, Rule] = {
 FUSIONS: dict[str, tuple[Fusion, ...]] = {"aten.add": (skip_norm,), "qc.cached_attention": (group_query,)}
 
 
-def export(program: Program, folder: Path, accuracy_level: int, padding: bool, max_positions: int) -> dict[str, Any]:
-    """Write the program to `folder` as model.onnx and model.onnx.data; returns what the report says about it."""
-    limit = program.info.get("max_positions") or max_positions
-    options = Options(accuracy_level, padding, min(max_positions, limit))
+def export(program: Program, folder: Path, options: Options) -> None:
+    """Write the program to `folder` as model.onnx and model.onnx.data; BackendError names a node that has no form."""
     low = Lowering(program, options, RULES, FUSIONS)
     try:
         outputs = low.run()
@@ -36,13 +33,13 @@ def export(program: Program, folder: Path, accuracy_level: int, padding: bool, m
         raise BackendError(
             f'ONNX Runtime cannot run node "{where}": {error}; use the backend "reference" for this program'
         ) from error
-    model = low.graph.save(folder, list(low.inputs.values()), outputs)
-    counts = collections.Counter(node.op_type for node in model.graph)
-    return {
-        "nodes": dict(counts.most_common()),
+    about = {
         "kernels": dict(collections.Counter(low.kernels.values())),
         "refusals": sorted({str(no) for no in low.refusals}),
+        "accuracy_level": options.accuracy_level,
+        "max_positions": options.max_positions,
     }
+    low.graph.save(folder, list(low.inputs.values()), outputs, about)
 
 
 def try_rule(program: Program, node: fx.Node) -> Answer:

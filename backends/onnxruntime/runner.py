@@ -1,5 +1,6 @@
 """Running the ONNX files: whole calls, and decoding over cache buffers that are bound once."""
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.onnxruntime.decoder import LENGTHS
-from qcompiler.backends.onnxruntime.graph import MODEL
+from qcompiler.backends.onnxruntime.graph import METADATA, MODEL
 from qcompiler.errors import BackendError
 from qcompiler.program import Program, Type
 from qcompiler.target import Decoder, Runner
@@ -39,13 +40,12 @@ class OnnxRunner(Runner):
         program: Program,
         folder: Path,
         threads: int | None,
-        summary: Mapping[str, Any] | None = None,
         temporary: "tempfile.TemporaryDirectory[str] | None" = None,
     ) -> None:
         self.program = program
         self.session = open_session(folder / MODEL, threads)
         self.inputs = [i.name for i in self.session.get_inputs()]
-        self._summary = dict(summary or {})
+        self.about: dict[str, Any] = json.loads(self.session.get_modelmeta().custom_metadata_map.get(METADATA, "{}"))
         self._temporary = temporary  # removed with the runner
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,6 +56,7 @@ class OnnxRunner(Runner):
         feeds = {name: as_numpy(values[name]) for name in self.inputs if name in values}
         if LENGTHS[0] in self.inputs:
             batch, new = ids.shape[:2]
+            self.check_positions(past + new)
             if past and new > 1 and batch > 1:
                 return self._in_steps(inputs, new)
             feeds |= lengths(batch, past + new)
@@ -80,6 +81,15 @@ class OnnxRunner(Runner):
                     "leave position_ids out, or lower with OnnxRuntime(padding=True)"
                 )
 
+    def check_positions(self, count: int) -> None:
+        """BackendError if there may be more positions than the rotary tables hold."""
+        limit = self.about.get("max_positions", count)
+        if count > limit:
+            raise BackendError(
+                f"{count} positions are more than the {limit} this program was lowered for; "
+                f"lower it with OnnxRuntime(max_positions={count})"
+            )
+
     def _in_steps(self, inputs: Mapping[str, Tensor], new: int) -> dict[str, Tensor]:
         """Several new positions over a past, one by one: GroupQueryAttention takes them together for one sequence only."""
         first, state = self.program.inputs[0].name, dict(inputs)
@@ -98,14 +108,15 @@ class OnnxRunner(Runner):
         """A fresh generation; BackendError if the program has no cache."""
         if not self.program.caches:
             raise BackendError("this program has no cache; add the pass kv_cache to the recipe to generate with it")
-        if set(LENGTHS) <= set(self.inputs) and "attention_mask" not in self.inputs:
+        if LENGTHS[0] in self.inputs and "attention_mask" not in self.inputs:
+            self.check_positions(capacity)
             return SharedDecoder(self, batch, capacity)
         return GrowingDecoder(self, batch, capacity)
 
     def details(self) -> dict[str, Any]:
         """Threads, version, operators by count, kernels and refusals."""
         threads = self.session.get_session_options().intra_op_num_threads
-        return {"onnxruntime": ort.__version__, "threads": threads, **self._summary}
+        return {"onnxruntime": ort.__version__, "threads": threads, **self.about}
 
 
 class SharedDecoder(Decoder):
