@@ -17,15 +17,22 @@ def select(program: Program, include: Sequence[str], exclude: Sequence[str], ctx
     """The float linear layers whose module path or weight name matches `include` and not `exclude`.
 
     Patterns are shell-style (`*.mlp.*`); `@head` is the layers after the last repeated block (the language-model
-    head), `@body` all others. Raises RecipeError for a pattern that matches no layer.
+    head), `@body` all others. Raises RecipeError for a pattern that matches no layer; a model without a head is
+    refused by name instead, since named recipes ask for one of every model.
     """
     last = mark_segments(program) - 1
     layers = program.linears()
     for pattern in (*include, *exclude):
-        if not any(_matches(node, pattern, last) for node in layers):
+        if any(_matches(node, pattern, last) for node in layers):
+            continue
+        if pattern == HEAD:
+            ctx.refuse(No("no linear layer follows the repeated blocks", HEAD))
+        else:
             paths = sorted({_path(node) for node in layers})
             shown = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
-            raise RecipeError(f'the pattern "{pattern}" matches none of the {len(paths)} linear layers: {shown or "none"}')
+            raise RecipeError(
+                f'the pattern "{pattern}" matches none of the {len(paths)} linear layers: {shown or "none"}'
+            )
     chosen = []
     for node in layers:
         if not any(_matches(node, pattern, last) for pattern in include):

@@ -31,10 +31,11 @@ def accepts(source: Any) -> bool | No:
     return True
 
 
-def capture(source: Any, example_inputs: Any = None) -> Program:
+def capture(source: Any, example_inputs: Any = None, sizes: Sizes | None = None) -> Program:
     """Capture a module called with `example_inputs`: a tensor, a tuple of tensors, or a dict of them by parameter name.
 
-    The module runs in eval mode and is left as it was. Outputs are named by their keys if it returns a dict, else
+    The module runs in eval mode and is left as it was, as is the global random state. `sizes` names the dynamic
+    dimensions where they are known, else they are tried. Outputs are named by their keys if it returns a dict, else
     "output" or "output_<i>". Raises InputError for unusable example inputs, CaptureError if the module cannot be
     exported or its export does not reproduce it.
     """
@@ -42,8 +43,9 @@ def capture(source: Any, example_inputs: Any = None) -> Program:
     check_weights(source)
     run = _runner(source, inputs)
     refused: list[str] = []
-    with evaluating(source):
-        for way, sizes in _ways(inputs):
+    ways = _ways(inputs) if sizes is None else [("the sizes it was traced with", sizes)]
+    with evaluating(source), torch.random.fork_rng(devices=[]):
+        for way, sizes in ways:
             try:
                 program = export(source, _enlarged(inputs, sizes), sizes, run)
             except CaptureError as error:
@@ -137,9 +139,11 @@ def _enlarged(inputs: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
 def _cases(inputs: Mapping[str, Tensor], sizes: Sizes) -> Iterator[Case]:
     """The example inputs, and others that are longer in every dynamic size."""
     yield Case("the example inputs", inputs)
-    for more in (1, 4) if sizes else ():
+    names = sorted({name for named in sizes.values() for name in named.values()})
+    for more in (1, 4) if names else ():
+        grown = {name: more + i for i, name in enumerate(names)}  # each size by another amount
         larger = {
-            name: _resized(value, {dim: value.shape[dim] + more + dim for dim in sizes.get(name, {})})
+            name: _resized(value, {dim: value.shape[dim] + grown[n] for dim, n in sizes.get(name, {}).items()})
             for name, value in inputs.items()
         }
         yield Case(f"sizes grown by {more}", larger)
