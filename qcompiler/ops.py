@@ -11,16 +11,20 @@ Nothing is registered when this module is imported: the first use of `qc.<name>`
 | `qc.dequantize` | the float tensor of a QTensor's parts |
 | `qc.linear` | a linear layer over a QTensor's parts |
 | `qc.embedding` | an embedding lookup in a QTensor's parts |
+| `qc.onnx` | an ONNX node without an equivalent, run by ONNX Runtime |
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qcompiler.errors import QCompilerError, require
 from qcompiler.scheme import QTensor
 
 # Windows follow the (left, right) convention of flash attention: query at position p sees keys at positions
@@ -38,6 +42,7 @@ SCHEMAS = {
     "dequantize": "(Tensor[] parts, *, str spec) -> Tensor",
     "linear": "(Tensor x, Tensor[] parts, Tensor? bias=None, *, str spec) -> Tensor",
     "embedding": "(Tensor ids, Tensor[] parts, *, str spec) -> Tensor",
+    "onnx": "(Tensor model, Tensor[] inputs, *, str op) -> Tensor[]",
 }
 
 
@@ -196,16 +201,38 @@ def embedding(ids: Tensor, parts: Sequence[Tensor], *, spec: str) -> Tensor:
     weight = QTensor.from_parts(parts, spec)
     flat = ids.reshape(-1)
     rowwise = {
-        name: part[flat] if part.shape[:1] == (weight.rows,) and weight.rows > 1 else part
+        name: part[flat] if part.shape[:1] == (weight.rows,) else part
         for name, part in weight.parts().items()
         if "." not in name
     }
-    if len(rowwise) < len(weight.parts()):  # a second level: its rows are not ours
+    nested = len(rowwise) < len(weight.parts())  # a second level: its rows are not ours
+    if nested or weight.axis not in (-1, 1):
         return weight.dequantize()[ids].clone()
     shared = {name: part for name, part in rowwise.items() if name in ("codebook", "boundaries", "permutation")}
     rowwise |= {name: getattr(weight, name) for name in shared}
     picked = weight.with_parts(**rowwise, shape=(flat.shape[0], weight.shape[1]))
-    return picked.dequantize().view(*ids.shape, -1).clone()
+    return picked.dequantize().view(*ids.shape, weight.columns).clone()
+
+
+def onnx(model: Tensor, inputs: Sequence[Tensor], *, op: str) -> list[Tensor]:
+    """The outputs of an ONNX model, given as its serialized bytes (uint8), for its inputs in order.
+
+    `op` is the name of the operator in it, for the reader. The session is kept as long as the program uses it.
+    """
+    session = _session(bytes(model.numpy()))
+    feed = {spec.name: value.numpy() for spec, value in zip(session.get_inputs(), inputs, strict=True)}
+    return [torch.from_numpy(np.asarray(value)) for value in session.run(None, feed)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _session(model: bytes) -> Any:
+    """An ONNX Runtime session that computes exactly what the model says, on one thread."""
+    onnxruntime = require("onnxruntime", "onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _fake_mask(like, padding, queries, keys, *, left=-1, right=-1, chunk=0):  # type: ignore[no-untyped-def]
@@ -227,7 +254,7 @@ def _fake_cached_attention(q, k, v, past_k, past_v, *args, **kwargs):  # type: i
 
 
 def _fake_rope(x, cos, sin, *, interleaved=False):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 def _fake_dequantize(parts, *, spec):  # type: ignore[no-untyped-def]
@@ -244,6 +271,10 @@ def _fake_embedding(ids, parts, *, spec):  # type: ignore[no-untyped-def]
     return ids.new_empty((*ids.shape, weight.shape[-1]), dtype=weight.dtype)
 
 
+def _fake_onnx(model, inputs, *, op):  # type: ignore[no-untyped-def]
+    raise QCompilerError(f"the shapes that the ONNX operator {op} gives are known only by running it")
+
+
 MEANINGS: dict[str, Callable[..., object]] = {
     "mask": mask,
     "attention": attention,
@@ -252,6 +283,7 @@ MEANINGS: dict[str, Callable[..., object]] = {
     "dequantize": dequantize,
     "linear": linear,
     "embedding": embedding,
+    "onnx": onnx,
 }
 
 

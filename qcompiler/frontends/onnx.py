@@ -1,0 +1,343 @@
+"""ONNX models: operators with an ATen equivalent become it, the others run through ONNX Runtime as they are.
+
+Every node that a rule takes is checked on data: the original runs once with all its values as outputs, and what the
+rule made must give the same from the same inputs, at two sizes of the dynamic axes. Where it does not, the node
+stays opaque, and `program.info["onnx"]["opaque"]` says why.
+"""
+
+import base64
+import itertools
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from qcompiler.errors import CaptureError, InputError, No, require
+from qcompiler.frontends.onnx_graph import Builder, Call
+from qcompiler.frontends.onnx_model import DTYPES, Source, read
+from qcompiler.frontends.onnx_rules import RULES
+from qcompiler.frontends.verification import compare
+from qcompiler.ops import qc
+from qcompiler.program import Input, Program, Type
+
+Values = dict[str, Any]  # numpy arrays by name: what ONNX Runtime takes and gives
+
+_TYPES = {
+    "float": 1, "uint8": 2, "int8": 3, "uint16": 4, "int16": 5, "int32": 6, "int64": 7, "bool": 9,
+    "float16": 10, "double": 11, "uint32": 12, "uint64": 13,
+}  # fmt: skip
+
+
+def accepts(source: Any) -> bool | No:
+    """True for the path of an .onnx file, a ModelProto, or an onnx_ir model."""
+    if isinstance(source, (str, os.PathLike)):
+        return Path(source).suffix.lower() == ".onnx" or No(f'"{source}" does not end in .onnx')
+    kind = type(source)
+    known = (kind.__name__, kind.__module__.partition(".")[0]) in (("ModelProto", "onnx"), ("Model", "onnx_ir"))
+    return known or No(f"a {kind.__name__} is no ONNX model")
+
+
+def capture(source: Any, example_inputs: Any = None) -> Program:
+    """The Program of an ONNX model; `onnx_write.write` writes it back.
+
+    `example_inputs` (tensors by name or in order) are what the capture is checked with; without them, random ones.
+    Raises InputError for a model that is damaged or that ONNX Runtime does not load, CaptureError for one whose
+    inputs or outputs are not tensors.
+    """
+    model = read(source)
+    watched = Watched(model)
+    foreign = watched.foreign()
+    if foreign:
+        return _whole(model, watched, foreign)
+    cases = watched.cases(_named(watched, example_inputs))
+    types = watched.types(cases)
+    program, opaque = build(model, types, watched.inputs, cases)
+    if opaque and not cases:
+        opaque = {i: "no inputs were found to check it with; give example_inputs" for i in opaque}
+    program.info = _info(model, opaque)
+    answer = _agrees(program, cases)
+    if isinstance(answer, No):
+        everything = {i: f"the mapped program differs: {answer.reason}" for i in range(len(model.proto.graph.node))}
+        program, opaque = build(model, types, watched.inputs, [], everything)
+        program.info = _info(model, opaque)
+    return program
+
+
+def _named(watched: "Watched", example_inputs: Any) -> Values | None:
+    if example_inputs is None:
+        return None
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    given = example_inputs if isinstance(example_inputs, Mapping) else dict(zip(watched.inputs, example_inputs, strict=False))
+    if set(given) != set(watched.inputs):
+        raise InputError(f"example inputs {sorted(given)} were given; the model takes {sorted(watched.inputs)}")
+    return {name: torch.as_tensor(value).numpy() for name, value in given.items()}
+
+
+def _info(model: Source, opaque: Mapping[int, str], whole: str = "") -> dict[str, Any]:
+    nodes = model.proto.graph.node
+    names = {str(i): f"{nodes[i].op_type}: {reason}" for i, reason in opaque.items()}
+    skeleton = base64.b64encode(model.proto.SerializeToString()).decode()
+    return {"source": model.name, "frontend": "onnx", "onnx": {"model": skeleton, "opaque": names, "whole": whole}}
+
+
+class Watched:
+    """The original in ONNX Runtime, with every value of its main graph as an output."""
+
+    def __init__(self, model: Source) -> None:
+        onnx = require("onnx", "onnx")
+        proto = model.complete()
+        self.outputs = [v.name for v in proto.graph.output]
+        made = dict.fromkeys(name for node in proto.graph.node for name in node.output if name)
+        proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in made if n not in self.outputs)
+        self.session = _session(proto, model)
+        self.inputs = [spec.name for spec in self.session.get_inputs()]
+        self.specs = {s.name: s for s in [*self.session.get_inputs(), *self.session.get_outputs()]}
+
+    def foreign(self) -> str:
+        """What there is in the model that torch has no tensors for; empty if nothing."""
+        for name, spec in self.specs.items():
+            if _dtype(spec.type) is None:
+                return f'"{name}" is a {spec.type}'
+        return ""
+
+    def run(self, feed: Values) -> Values | None:
+        """All values for the given inputs, or None if the model does not take them."""
+        try:
+            found = self.session.run(None, feed)
+        except Exception:  # ORT raises a dozen types for inputs a model cannot use
+            return None
+        names = [spec.name for spec in self.session.get_outputs()]
+        return feed | dict(zip(names, map(np.asarray, found), strict=True))
+
+    def cases(self, given: Values | None) -> list[Values]:
+        """All values for the given inputs; or for random ones, at two sizes of the dynamic axes."""
+        found: list[Values] = []
+        if given is not None:
+            values = self.run(given)
+            if values is None:
+                raise InputError("ONNX Runtime does not run the model with the example inputs")
+            found.append(values)
+        dynamic = any(not isinstance(d, int) for n in self.inputs for d in self.specs[n].shape)
+        used: set[int] = set()
+        for size, integers in itertools.product((7, 11, 16, 64, 1, 224, 256, 512, 576), ("bits", "ones", "zeros")):
+            if len(found) == 2:
+                break
+            if dynamic and size in used:
+                continue
+            values = self.run({n: _random(self.specs[n], size, integers, i + size) for i, n in enumerate(self.inputs)})
+            if values is not None:
+                found.append(values)
+                used.add(size)
+        return found
+
+    def types(self, cases: Sequence[Values]) -> dict[str, Type]:
+        """The Type of every value: what ONNX Runtime infers, corrected by what was seen."""
+        found = {}
+        for name, spec in self.specs.items():
+            shape = list(spec.shape)
+            seen = [case[name].shape for case in cases]
+            if seen and len(seen[0]) != len(shape):
+                shape = [None] * len(seen[0])
+            for axis, length in enumerate(shape):
+                if not isinstance(length, int):
+                    shape[axis] = length or f"{name}_{axis}"
+            found[name] = Type(tuple(shape), _dtype(spec.type) or torch.uint8)
+        return found
+
+
+def _session(proto: Any, model: Source) -> Any:
+    """An ONNX Runtime session without optimizations; InputError if the runtime refuses the model."""
+    onnx, onnxruntime = require("onnx", "onnx"), require("onnxruntime", "onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    providers = ["CPUExecutionProvider"]
+    try:
+        if sum(t.nbytes for t in model.tensors.values()) < 1 << 30:
+            return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=providers)
+        with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:  # protobuf ends at 2 GB
+            path = Path(folder, "model.onnx")
+            onnx.save_model(proto, path, save_as_external_data=True, location="data")
+            return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # ORT raises a dozen types for models it cannot use
+        reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", str(error)).partition("\n")[0]
+        raise InputError(f"ONNX Runtime cannot load {model.name}: {reason}") from None
+
+
+def _dtype(text: str) -> torch.dtype | None:
+    match = re.fullmatch(r"tensor\((\w+)\)", text)
+    return DTYPES.get(_TYPES.get(match[1], 0)) if match else None
+
+
+def _random(spec: Any, size: int, integers: str, seed: int) -> np.ndarray[Any, Any]:
+    """Random data for an input; dynamic axes get `size`, the first one 2 or 3."""
+    shape = [d if isinstance(d, int) else (2 + size % 2 if axis == 0 else size) for axis, d in enumerate(spec.shape)]
+    dtype = torch.empty(0, dtype=_dtype(spec.type)).numpy().dtype
+    chance = np.random.default_rng(seed)
+    if dtype.kind == "f":
+        return chance.normal(0, 1, shape).astype(dtype)
+    if integers == "bits" or dtype.kind == "b":
+        return chance.integers(0, 2, shape).astype(dtype)
+    return np.full(shape, integers == "ones").astype(dtype)
+
+
+def build(
+    model: Source, types: Mapping[str, Type], inputs: Sequence[str], cases: Sequence[Values],
+    opaque: Mapping[int, str] | None = None,
+) -> tuple[Program, dict[int, str]]:  # fmt: skip
+    """The program, and why nodes stayed opaque, by their index.
+
+    Every mapped node is checked on `cases`; without cases none is mapped, unless `opaque` says which are not.
+    """
+    builder = Builder(model, types)
+    builder.inputs(inputs)
+    checked = [{builder.values[n]: torch.from_numpy(case[n]) for n in inputs} for case in cases]
+    refused: dict[int, str] = {}
+    for index, node in enumerate(model.proto.graph.node):
+        builder.place = node.name or f"{node.op_type}_{index}"
+        if node.op_type == "Constant" and node.output[0] in builder.small:
+            value = torch.from_numpy(np.array(builder.small[node.output[0]]))
+            builder.values[node.output[0]] = builder.tensor(node.output[0], value)
+            continue
+        known = None if opaque is None else opaque.get(index)
+        if known is None and (cases or opaque is not None):
+            answer = _mapped(builder, node, index, checked, cases)
+            if not isinstance(answer, No):
+                continue
+            known = answer.reason
+        refused[index] = known or "nothing to check it with"
+        builder.opaque(index)
+        for env, case in zip(checked, cases, strict=True):
+            env.update({builder.values[n]: torch.from_numpy(case[n]) for n in node.output if n})
+    program = builder.finish()
+    program.info["origin"] = {node: i for node, i in builder.origin.items()}
+    return program, refused
+
+
+def _mapped(
+    builder: Builder, node: Any, index: int, checked: Sequence[dict[fx.Node, Any]], cases: Sequence[Values]
+) -> bool | No:
+    """Try the node's rule and check what it made; a No leaves the graph as it was."""
+    if node.domain not in ("", "ai.onnx") or node.op_type not in RULES:
+        return No("no equivalent")
+    before = set(builder.program.graph.nodes)
+    try:
+        made = RULES[node.op_type](Call(builder, node))
+        if not isinstance(made, No):
+            made = [made] if isinstance(made, fx.Node) else list(made)
+            answer = _right(builder, node, made, checked, cases)
+            made = answer if isinstance(answer, No) else made
+    except Exception as error:  # a rule that trips over a strange node costs an opaque node, not the model
+        made = No(f"{type(error).__name__}: {str(error)[:80]}")
+    fresh = [n for n in builder.program.graph.nodes if n not in before]
+    if isinstance(made, No):
+        for dead in reversed(fresh):
+            builder.program.graph.erase_node(dead)
+            for env in checked:
+                env.pop(dead, None)
+        return made
+    builder.origin.update(dict.fromkeys(fresh, index))
+    names = [name for name in node.output if name]
+    builder.values |= dict(zip(names, made, strict=True))
+    for name, value in zip(names, made, strict=True):
+        if value in fresh:
+            value.meta["type"] = builder.types[name]
+    return True
+
+
+def _right(
+    builder: Builder, node: Any, made: Sequence[fx.Node], checked: Sequence[dict[fx.Node, Any]], cases: Sequence[Values]
+) -> bool | No:
+    """Whether the nodes made give what ONNX Runtime gave, from the same inputs."""
+    seen: dict[fx.Node, list[Any]] = {}
+    for env, case in zip(checked, cases, strict=True):
+        for name, value in zip([n for n in node.output if n], made, strict=True):
+            expected = torch.from_numpy(case[name])
+            answer = same(_evaluate(value, env, builder.program.tensors, seen), expected)
+            if isinstance(answer, No):
+                return answer
+            env[value] = expected
+    for inner, values in seen.items():
+        if inner.meta["type"] is None:
+            inner.meta["type"] = _seen_type(inner.name, values)
+    return True
+
+
+def _evaluate(node: fx.Node, env: dict[fx.Node, Any], tensors: Mapping[str, Tensor], seen: dict[fx.Node, list[Any]]) -> Any:
+    """The value of a node, from the nearest values that are known."""
+    if node in env:
+        return env[node]
+    if node.op == "get_attr":
+        return tensors[str(node.target)]
+    known = {used: _evaluate(used, env, tensors, seen) for used in node.all_input_nodes}
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda a: known[a] if isinstance(a, fx.Node) else a)
+    with torch.no_grad():
+        env[node] = node.target(*args, **kwargs)
+    seen.setdefault(node, []).append(env[node])
+    return env[node]
+
+
+def _seen_type(name: str, values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, (tuple, list)):
+        return tuple(_seen_type(f"{name}_{i}", [v[i] for v in values]) for i in range(len(first)))
+    if not isinstance(first, Tensor):
+        return None
+    shapes = list(zip(*(v.shape for v in values), strict=True))
+    return Type(tuple(s[0] if len(set(s)) == 1 else f"{name}_{i}" for i, s in enumerate(shapes)), first.dtype)
+
+
+def same(got: Any, expected: Tensor) -> bool | No:
+    """Whether two values agree: integers and booleans exactly, floats to 1e-4 of the largest, NaN where NaN is."""
+    if not isinstance(got, Tensor):
+        return No("it gives no tensor")
+    if expected.dtype.is_floating_point and got.dtype == expected.dtype and got.shape == expected.shape:
+        odd = ~expected.isfinite()
+        if not torch.equal(torch.nan_to_num(got[odd], 7.0), torch.nan_to_num(expected[odd], 7.0)):
+            return No("it differs where values are not finite")
+        got, expected = got.masked_fill(odd, 0), expected.masked_fill(odd, 0)
+    answer = compare(got, expected)
+    return answer if isinstance(answer, No) else True
+
+
+def _agrees(program: Program, cases: Sequence[Values]) -> bool | No:
+    """Whether the whole program gives what the original gave."""
+    for case in cases:
+        found = program(**{spec.name: torch.from_numpy(case[spec.name]) for spec in program.inputs})
+        for name, value in found.items():
+            answer = same(value, torch.from_numpy(case[name]))
+            if isinstance(answer, No):
+                return No(f'output "{name}": {answer.reason}')
+    return True
+
+
+def _whole(model: Source, watched: Watched, reason: str) -> Program:
+    """The whole model as one opaque node, because it holds values that are no tensors of torch's."""
+    for name in [*watched.inputs, *watched.outputs]:
+        if _dtype(watched.specs[name].type) is None:
+            raise CaptureError(f"{model.name}: {reason}; a program takes and gives tensors only")
+    types = watched.types([])
+    program = Program(fx.Graph(), {}, (), tuple(watched.outputs))
+    nodes: Iterator[fx.Node] = (program.graph.placeholder(name) for name in watched.inputs)
+    values = list(nodes)
+    for name, node in zip(watched.inputs, values, strict=True):
+        node.meta["type"] = types[name]
+    program.inputs = tuple(Input(name, types[name]) for name in watched.inputs)
+    data = bytearray(model.complete().SerializeToString())
+    program.tensors["onnx.model"] = torch.frombuffer(data, dtype=torch.uint8)
+    call = program.graph.call_function(qc.onnx, (program.get("onnx.model"), values), {"op": "model"})
+    call.meta["type"] = tuple(types[name] for name in watched.outputs)
+    items = []
+    for i, name in enumerate(watched.outputs):
+        items.append(program.graph.call_function(__import__("operator").getitem, (call, i)))
+        items[-1].meta["type"] = types[name]
+    program.graph.output(tuple(items))
+    program.info = _info(model, {}, reason)
+    return program

@@ -1,0 +1,345 @@
+"""Building a Program from an ONNX graph, node by node: mapped where a rule is right, opaque otherwise."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler.errors import No, require
+from qcompiler.frontends.onnx_model import DTYPES, SMALL, Source, captured
+from qcompiler.ops import qc
+from qcompiler.program import Input, Program, Type
+
+aten = torch.ops.aten
+_NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
+Sizes = list[Any]  # integers, and nodes that give one
+
+
+class Builder:
+    """A Program under construction from a checked model.
+
+    `types` gives the Type of every value of the main graph.
+    """
+
+    def __init__(self, source: Source, types: Mapping[str, Type]) -> None:
+        onnx = require("onnx", "onnx")
+        self.proto, self.types = source.proto, dict(types)
+        graph = self.proto.graph
+        self.opset = next((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), 1)
+        self.stored = source.tensors
+        self.protos = {t.name: t for t in graph.initializer}
+        self.types |= {n: Type(tuple(t.shape), t.dtype) for n, t in self.stored.items()}
+        self.producers = {name: node for node in graph.node for name in node.output if name}
+        self.small = {n: t.numpy() for n, t in self.stored.items() if t.nbytes <= SMALL}
+        self.inlined: dict[str, Any] = {}
+        for node in graph.node:
+            if node.op_type == "Constant" and node.domain == "" and node.attribute[0].name == "value":
+                value = onnx.numpy_helper.to_array(node.attribute[0].t)
+                if node.attribute[0].t.data_type in DTYPES and value.nbytes <= SMALL:
+                    self.small[node.output[0]] = value
+        self.turned = _turned(graph, self.stored)
+        self.values: dict[str, fx.Node] = {}
+        self.origin: dict[fx.Node, int] = {}
+        self.program = Program(fx.Graph(), {}, (), ())
+        self.place = ""
+
+    # -- values ----------------------------------------------------------------------------------------------
+
+    def inputs(self, names: Sequence[str]) -> None:
+        """Make the placeholders."""
+        for name in names:
+            node = self.program.graph.placeholder(name)
+            node.meta["type"] = self.types[name]
+            self.values[name] = node
+        self.program.inputs = tuple(Input(name, self.types[name]) for name in names)
+
+    def tensor(self, name: str, value: Tensor) -> fx.Node:
+        """A get_attr node of a tensor, stored under `name` (`::` is the program's own)."""
+        key = name.replace("::", "..")
+        self.program.tensors.setdefault(key, value)
+        return self.program.get(key)
+
+    def value(self, name: str) -> fx.Node:
+        """The node that gives the value `name`."""
+        if name in self.values:
+            return self.values[name]
+        stored = self.stored[name]
+        if name in self.turned:
+            return self.emit(aten.t.default, self.tensor(name, stored.t().contiguous()))
+        return self.tensor(name, stored)
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call; its type is seen later, when it runs."""
+        node = self.program.graph.call_function(target, args, kwargs)
+        node.meta = {"type": None, "path": self.place}
+        return node
+
+    def finish(self) -> Program:
+        """The program, with the graph's outputs."""
+        names = [v.name for v in self.proto.graph.output]
+        self.program.graph.output(tuple(self.value(name) for name in names))
+        self.program.outputs = tuple(names)
+        self.program.clean()
+        return self.program
+
+    # -- opaque nodes ----------------------------------------------------------------------------------------
+
+    def opaque(self, index: int) -> None:
+        """Keep a node as it is: its values come from ONNX Runtime."""
+        node = self.proto.graph.node[index]
+        needed = list(dict.fromkeys(n for n in [*node.input, *captured(node)] if n))
+        fed = [n for n in needed if n in self.values or (n in self.stored and n not in self.small)]
+        model = self.single(node, fed, [n for n in needed if n not in fed])
+        data = torch.frombuffer(bytearray(model.SerializeToString()), dtype=torch.uint8)
+        stored = self.tensor(f"onnx.{index}.{node.op_type}", data)
+        whole = self.emit(qc.onnx, stored, [self.value(n) for n in fed], op=node.op_type)
+        outputs = [name for name in node.output if name]
+        whole.meta["type"] = tuple(self.types[name] for name in outputs)
+        for i, name in enumerate(outputs):
+            self.values[name] = self.emit(operator.getitem, whole, i)
+            self.values[name].meta["type"] = self.types[name]
+
+    def single(self, node: Any, fed: Sequence[str], constants: Sequence[str]) -> Any:
+        """A model of one node, with `constants` inside it."""
+        onnx = require("onnx", "onnx")
+        model = onnx.ModelProto(ir_version=max(self.proto.ir_version, 4))
+        model.opset_import.extend(self.proto.opset_import)
+        model.functions.extend(self.proto.functions)
+        model.graph.name = node.op_type
+        model.graph.node.add().CopyFrom(node)
+        for name in fed:
+            model.graph.input.append(onnx.helper.make_tensor_value_info(name, _NUMBERS[self.types[name].dtype], None))
+        for name in constants:
+            if name in self.protos:
+                model.graph.initializer.add().CopyFrom(self.protos[name])
+            elif name in self.producers:
+                constant = model.graph.node.add()
+                constant.CopyFrom(self.producers[name])
+        # Constants stand before the node that uses them.
+        ordered = [*model.graph.node[1:], model.graph.node[0]]
+        del model.graph.node[:]
+        model.graph.node.extend(ordered)
+        wanted = {name for name in constants if name not in self.protos and name not in self.producers}
+        model.graph.sparse_initializer.extend(
+            t for t in self.proto.graph.sparse_initializer if t.values.name in wanted
+        )
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name)
+        return model
+
+    # -- sizes -----------------------------------------------------------------------------------------------
+
+    def size(self, name: str, axis: int) -> Any:
+        """The length of an axis: an integer, or a node that gives it."""
+        length = self.types[name].shape[axis]
+        return length if isinstance(length, int) else self.emit(aten.sym_size.int, self.value(name), axis)
+
+    def sizes(self, name: str) -> Sizes | None:
+        """The numbers in a small integer tensor: those known now, and nodes for those read from shapes."""
+        if name in self.small:
+            array = self.small[name]
+            return [int(v) for v in array.reshape(-1)] if array.ndim < 2 and array.dtype.kind in "iu" else None
+        node = self.producers.get(name)
+        if node is None or node.domain not in ("", "ai.onnx"):
+            return None
+        reader = _SIZES.get(node.op_type)
+        return reader(self, Call(self, node)) if reader else None
+
+
+@dataclass
+class Call:
+    """One ONNX node, as its rule sees it."""
+
+    builder: Builder
+    proto: Any
+    attributes: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        onnx = require("onnx", "onnx")
+        self.attributes = {a.name: a for a in self.proto.attribute}
+        self._read = onnx.helper.get_attribute_value
+
+    @property
+    def op(self) -> str:
+        """The operator's name."""
+        return str(self.proto.op_type)
+
+    @property
+    def opset(self) -> int:
+        """The version of the default operator set."""
+        return self.builder.opset
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """All inputs that are there."""
+        return [self.builder.value(name) for name in self.proto.input if name]
+
+    def has(self, i: int) -> bool:
+        """Whether input `i` is given."""
+        return i < len(self.proto.input) and bool(self.proto.input[i])
+
+    def name(self, i: int) -> str:
+        """The name of input `i`."""
+        return str(self.proto.input[i])
+
+    def value(self, i: int) -> Any:
+        """Input `i`, or None if it is not given."""
+        return self.builder.value(self.name(i)) if self.has(i) else None
+
+    def attribute(self, name: str, default: Any) -> Any:
+        """An attribute as a Python value; lists of integers are lists, texts are str."""
+        if name not in self.attributes:
+            return default
+        value = self._read(self.attributes[name])
+        if isinstance(value, bytes):
+            return value.decode()
+        return list(value) if isinstance(default, list) or hasattr(value, "__len__") else value
+
+    def tensor_attribute(self, name: str) -> Tensor | None:
+        """A tensor attribute, or None."""
+        if name not in self.attributes:
+            return None
+        array = require("onnx", "onnx").numpy_helper.to_array(self.attributes[name].t)
+        return torch.from_numpy(np.array(array))
+
+    def constant(self, i: int) -> Any:
+        """Input `i` as a numpy array if it is a small constant."""
+        return self.builder.small.get(self.name(i)) if self.has(i) else None
+
+    def listed(self, name: str, i: int, since: int) -> list[int] | None:
+        """Integers that were an attribute before opset `since` and are a constant input now; None if neither."""
+        if self.opset < since:
+            return self.attribute(name, None)  # type: ignore[no-any-return]
+        found = self.constant(i)
+        return None if found is None else [int(v) for v in found.reshape(-1)]
+
+    def dtype(self, i: int) -> torch.dtype:
+        """The element type of input `i`."""
+        return self.builder.types[self.name(i)].dtype
+
+    def rank(self, i: int) -> int:
+        """The number of axes of input `i`."""
+        return self.builder.types[self.name(i)].rank
+
+    def shape(self, i: int) -> list[Any] | None:
+        """The sizes of input `i`, dynamic ones by name; None if it is not given."""
+        return list(self.builder.types[self.name(i)].shape) if self.has(i) else None
+
+    def size(self, i: int, axis: int) -> Any:
+        """The length of an axis of input `i`: an integer, or a node that gives it."""
+        return self.builder.size(self.name(i), axis)
+
+    def sizes(self, i: int) -> Sizes | None:
+        """The numbers in input `i`, as far as they follow from shapes and constants."""
+        return self.builder.sizes(self.name(i))
+
+    def is_weight(self, i: int) -> bool:
+        """Whether input `i` is a stored float matrix."""
+        stored = self.builder.stored.get(self.name(i))
+        return stored is not None and stored.dim() == 2 and stored.dtype.is_floating_point
+
+    def weight(self, i: int) -> fx.Node | None:
+        """The stored matrix [k, n] of input `i` as a weight [n, k], if every use of it wants it so."""
+        name = self.name(i)
+        if name not in self.builder.turned:
+            return None
+        return self.builder.tensor(name, self.builder.stored[name].t().contiguous())
+
+    def width(self, i: int) -> int:
+        """The number of output channels of weight `i` of a Gemm."""
+        rows, columns = self.builder.stored[self.name(i)].shape
+        return rows if self.attribute("transB", 0) else columns
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of a PyTorch operator."""
+        return self.builder.emit(target, *args, **kwargs)
+
+    def item(self, pieces: fx.Node, i: int) -> fx.Node:
+        """The `i`-th of several values."""
+        return self.emit(operator.getitem, pieces, i)
+
+
+def _turned(graph: Any, stored: Mapping[str, Tensor]) -> set[str]:
+    """Matrices that are only ever the right-hand side of products: kept as [n, k], as linear layers want them."""
+    wanted: set[str] = set()
+    other = {v.name for v in graph.output}
+    for node in graph.node:
+        transposed = any(a.name == "transB" and a.i for a in node.attribute)
+        product = node.domain in ("", "ai.onnx") and node.op_type in ("MatMul", "Gemm") and not transposed
+        for i, name in enumerate(node.input):
+            (wanted if product and i == 1 else other).add(name)
+        other.update(captured(node))
+    return {n for n in wanted - other if n in stored and stored[n].dim() == 2 and stored[n].dtype.is_floating_point}
+
+
+def _shape_sizes(builder: Builder, call: Call) -> Sizes | None:
+    rank = call.rank(0)
+    start, end, _ = slice(call.attribute("start", 0), call.attribute("end", rank)).indices(rank)
+    return [call.size(0, i) for i in range(start, end)]
+
+
+def _gather_sizes(builder: Builder, call: Call) -> Sizes | None:
+    known, index = call.sizes(0), call.constant(1)
+    if known is None or index is None or index.ndim > 1:
+        return None
+    return [known[int(i)] for i in index.reshape(-1)] if all(-len(known) <= i < len(known) for i in index.reshape(-1)) else None
+
+
+def _slice_sizes(builder: Builder, call: Call) -> Sizes | None:
+    known = call.sizes(0)
+    bounds = [call.listed(name, i, since=10) for name, i in (("starts", 1), ("ends", 2))]
+    steps = call.constant(4)
+    if known is None or None in bounds or (call.has(4) and (steps is None or int(steps.reshape(-1)[0]) < 1)):
+        return None
+    step = 1 if steps is None else int(steps.reshape(-1)[0])
+    return known[bounds[0][0] : bounds[1][0] : step]  # type: ignore[index]
+
+
+def _concat_sizes(builder: Builder, call: Call) -> Sizes | None:
+    parts = [builder.sizes(name) for name in call.proto.input]
+    return None if any(p is None for p in parts) else [size for part in parts if part is not None for size in part]
+
+
+def _same_sizes(builder: Builder, call: Call) -> Sizes | None:
+    return call.sizes(0)
+
+
+def _arithmetic(function: Any) -> Any:
+    def sizes(builder: Builder, call: Call) -> Sizes | None:
+        a, b = call.sizes(0), call.sizes(1)
+        if a is None or b is None or (len(a) != len(b) and 1 not in (len(a), len(b))):
+            return None
+        length = max(len(a), len(b))
+        pairs = list(zip(a * (length // len(a)), b * (length // len(b)), strict=True)) if a and b else []
+        if function is operator.floordiv and any(isinstance(v, int) and v <= 0 for pair in pairs for v in pair):
+            return None  # ONNX divides towards zero
+        return [
+            function(x, y) if isinstance(x, int) and isinstance(y, int) else builder.emit(function, x, y)
+            for x, y in pairs
+        ]
+
+    return sizes
+
+
+def _cast_sizes(builder: Builder, call: Call) -> Sizes | None:
+    return call.sizes(0) if call.attribute("to", 0) in (6, 7) else None
+
+
+_SIZES = {
+    "Shape": _shape_sizes,
+    "Gather": _gather_sizes,
+    "Slice": _slice_sizes,
+    "Concat": _concat_sizes,
+    "Cast": _cast_sizes,
+    "Identity": _same_sizes,
+    "Squeeze": _same_sizes,
+    "Unsqueeze": _same_sizes,
+    "Add": _arithmetic(operator.add),
+    "Sub": _arithmetic(operator.sub),
+    "Mul": _arithmetic(operator.mul),
+    "Div": _arithmetic(operator.floordiv),
+}
