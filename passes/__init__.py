@@ -5,6 +5,7 @@ if __name__ != "qcompiler.passes":
 
 from pathlib import Path
 
+from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.carry import Carry
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.pack import Pack
@@ -12,6 +13,6 @@ from qcompiler.passes.rtn import Rtn
 from qcompiler.plugins import Plugin
 
 PLUGIN = Plugin(
-    passes=(Carry, Gptq, Pack, Rtn),
+    passes=(Canonicalize, Carry, Gptq, Pack, Rtn),
     recipes=Path(__file__).parent / "recipes",
 )

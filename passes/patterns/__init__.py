@@ -1,0 +1,1 @@
+"""The spellings of the operators that `canonicalize` knows, one family to a file."""

@@ -1,0 +1,43 @@
+"""Activations that a model spells out."""
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcompiler.errors import No
+from qcompiler.program import Program
+from qcompiler.rewrite import Pattern, Rule, op, type_of_node
+
+aten = torch.ops.aten
+
+
+class GeluTanh(Rule):
+    """0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3)))  ->  gelu(x, approximate="tanh"). Source: arXiv 1606.08415."""
+
+    def pattern(self, x: Pattern, cubic: Pattern, root: Pattern) -> Pattern:
+        inner = (x + op.pow(x, 3) * cubic) * root | x * root * (x * cubic * x + 1)
+        return x * 0.5 * (op.tanh(inner) + 1)
+
+    def rewrite(self, program: Program, node: fx.Node, x: Any, cubic: Any, root: Any) -> fx.Node | No | None:
+        if not _close(cubic, 0.044715) or not _close(root, math.sqrt(2 / math.pi)):
+            return None
+        return program.call(aten.gelu.default, (x,), {"approximate": "tanh"}, like=node)
+
+
+class Silu(Rule):
+    """x * sigmoid(x)  ->  silu(x)"""
+
+    def pattern(self, x: Pattern) -> Pattern:
+        return x * op.sigmoid(x)
+
+    def rewrite(self, program: Program, node: fx.Node, x: Any) -> fx.Node | None:
+        return program.call(aten.silu.default, (x,), like=node) if type_of_node(x) else None
+
+
+def _close(value: Any, wanted: float) -> bool:
+    return isinstance(value, float) and math.isclose(value, wanted, rel_tol=1e-6)
+
+
+RULES: tuple[Rule, ...] = (GeluTanh(), Silu())
