@@ -7,6 +7,7 @@ stays opaque, and `program.info["onnx"]["opaque"]` says why.
 
 import base64
 import itertools
+import operator
 import os
 import re
 import tempfile
@@ -20,7 +21,7 @@ from torch import Tensor, fx
 
 from qcompiler.errors import CaptureError, InputError, No, require
 from qcompiler.frontends.onnx_graph import Builder, Call
-from qcompiler.frontends.onnx_model import DTYPES, Source, read
+from qcompiler.frontends.onnx_model import DTYPES, Source, filled, read, stored_name
 from qcompiler.frontends.onnx_rules import RULES
 from qcompiler.frontends.verification import compare
 from qcompiler.ops import qc
@@ -57,15 +58,17 @@ def capture(source: Any, example_inputs: Any = None) -> Program:
         return _whole(model, watched, foreign)
     cases = watched.cases(_named(watched, example_inputs))
     types = watched.types(cases)
-    program, opaque = build(model, types, watched.inputs, cases)
+    builder, opaque = build(model, types, watched.inputs, cases)
+    program = builder.finish()
     if opaque and not cases:
         opaque = {i: "no inputs were found to check it with; give example_inputs" for i in opaque}
-    program.info = _info(model, opaque)
+    program.info = _info(model, program, opaque, types)
     answer = _agrees(program, cases)
     if isinstance(answer, No):
         everything = {i: f"the mapped program differs: {answer.reason}" for i in range(len(model.proto.graph.node))}
-        program, opaque = build(model, types, watched.inputs, [], everything)
-        program.info = _info(model, opaque)
+        builder, opaque = build(model, types, watched.inputs, [], everything)
+        program = builder.finish()
+        program.info = _info(model, program, opaque, types)
     return program
 
 
@@ -80,11 +83,20 @@ def _named(watched: "Watched", example_inputs: Any) -> Values | None:
     return {name: torch.as_tensor(value).numpy() for name, value in given.items()}
 
 
-def _info(model: Source, opaque: Mapping[int, str], whole: str = "") -> dict[str, Any]:
+def _info(model: Source, program: Program, opaque: Mapping[int, str], types: Mapping[str, Type]) -> dict[str, Any]:
+    """Provenance, and what `onnx_write` needs: the original without the tensors that the program holds."""
     nodes = model.proto.graph.node
-    names = {str(i): f"{nodes[i].op_type}: {reason}" for i, reason in opaque.items()}
-    skeleton = base64.b64encode(model.proto.SerializeToString()).decode()
-    return {"source": model.name, "frontend": "onnx", "onnx": {"model": skeleton, "opaque": names, "whole": whole}}
+    kept = {name: tensor for name, tensor in model.tensors.items() if stored_name(name) not in program.tensors}
+    skeleton = base64.b64encode(filled(model.proto, kept).SerializeToString()).decode()
+    return {
+        "source": model.name,
+        "frontend": "onnx",
+        "onnx": {
+            "model": skeleton,
+            "types": {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in types.items()},
+            "opaque": {str(i): f"{nodes[i].op_type}: {reason}" for i, reason in opaque.items()},
+        },
+    }
 
 
 class Watched:
@@ -191,8 +203,8 @@ def _random(spec: Any, size: int, integers: str, seed: int) -> np.ndarray[Any, A
 def build(
     model: Source, types: Mapping[str, Type], inputs: Sequence[str], cases: Sequence[Values],
     opaque: Mapping[int, str] | None = None,
-) -> tuple[Program, dict[int, str]]:  # fmt: skip
-    """The program, and why nodes stayed opaque, by their index.
+) -> tuple[Builder, dict[int, str]]:  # fmt: skip
+    """The builder of the program, and why nodes stayed opaque, by their index.
 
     Every mapped node is checked on `cases`; without cases none is mapped, unless `opaque` says which are not.
     """
@@ -202,8 +214,8 @@ def build(
     refused: dict[int, str] = {}
     for index, node in enumerate(model.proto.graph.node):
         builder.place = node.name or f"{node.op_type}_{index}"
-        if node.op_type == "Constant" and node.output[0] in builder.small:
-            value = torch.from_numpy(np.array(builder.small[node.output[0]]))
+        if node.output[0] in builder.constants:
+            value = torch.from_numpy(np.array(builder.constants[node.output[0]]))
             builder.values[node.output[0]] = builder.tensor(node.output[0], value)
             continue
         known = None if opaque is None else opaque.get(index)
@@ -216,9 +228,7 @@ def build(
         builder.opaque(index)
         for env, case in zip(checked, cases, strict=True):
             env.update({builder.values[n]: torch.from_numpy(case[n]) for n in node.output if n})
-    program = builder.finish()
-    program.info["origin"] = {node: i for node, i in builder.origin.items()}
-    return program, refused
+    return builder, refused
 
 
 def _mapped(
@@ -336,8 +346,8 @@ def _whole(model: Source, watched: Watched, reason: str) -> Program:
     call.meta["type"] = tuple(types[name] for name in watched.outputs)
     items = []
     for i, name in enumerate(watched.outputs):
-        items.append(program.graph.call_function(__import__("operator").getitem, (call, i)))
+        items.append(program.graph.call_function(operator.getitem, (call, i)))
         items[-1].meta["type"] = types[name]
     program.graph.output(tuple(items))
-    program.info = _info(model, {}, reason)
+    program.info = {"source": model.name, "frontend": "onnx", "onnx": {"whole": reason}}
     return program

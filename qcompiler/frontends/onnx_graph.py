@@ -1,17 +1,16 @@
 """Building a Program from an ONNX graph, node by node: mapped where a rule is right, opaque otherwise."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import operator
-
 import torch
 from torch import Tensor, fx
 
 from qcompiler.errors import No, require
-from qcompiler.frontends.onnx_model import DTYPES, SMALL, Source, captured
+from qcompiler.frontends.onnx_model import DTYPES, SMALL, Source, captured, stored_name
 from qcompiler.ops import qc
 from qcompiler.program import Input, Program, Type
 
@@ -27,7 +26,6 @@ class Builder:
     """
 
     def __init__(self, source: Source, types: Mapping[str, Type]) -> None:
-        onnx = require("onnx", "onnx")
         self.proto, self.types = source.proto, dict(types)
         graph = self.proto.graph
         self.opset = next((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), 1)
@@ -36,12 +34,8 @@ class Builder:
         self.types |= {n: Type(tuple(t.shape), t.dtype) for n, t in self.stored.items()}
         self.producers = {name: node for node in graph.node for name in node.output if name}
         self.small = {n: t.numpy() for n, t in self.stored.items() if t.nbytes <= SMALL}
-        self.inlined: dict[str, Any] = {}
-        for node in graph.node:
-            if node.op_type == "Constant" and node.domain == "" and node.attribute[0].name == "value":
-                value = onnx.numpy_helper.to_array(node.attribute[0].t)
-                if node.attribute[0].t.data_type in DTYPES and value.nbytes <= SMALL:
-                    self.small[node.output[0]] = value
+        self.constants = {n.output[0]: a for n in graph.node if (a := _constant(n)) is not None}
+        self.small |= {n: a for n, a in self.constants.items() if a.nbytes <= SMALL}
         self.turned = _turned(graph, self.stored)
         self.values: dict[str, fx.Node] = {}
         self.origin: dict[fx.Node, int] = {}
@@ -59,8 +53,8 @@ class Builder:
         self.program.inputs = tuple(Input(name, self.types[name]) for name in names)
 
     def tensor(self, name: str, value: Tensor) -> fx.Node:
-        """A get_attr node of a tensor, stored under `name` (`::` is the program's own)."""
-        key = name.replace("::", "..")
+        """A get_attr node of a tensor, stored under its `stored_name`."""
+        key = stored_name(name)
         self.program.tensors.setdefault(key, value)
         return self.program.get(key)
 
@@ -263,6 +257,20 @@ class Call:
         return self.emit(operator.getitem, pieces, i)
 
 
+def _constant(node: Any) -> Any:
+    """The value of a Constant node as a numpy array; None for another node, or a value torch cannot hold."""
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+        return None
+    helper = require("onnx", "onnx")
+    attribute = node.attribute[0]
+    if attribute.name == "value" and attribute.t.data_type in DTYPES:
+        return helper.numpy_helper.to_array(attribute.t)
+    kinds = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
+    if attribute.name not in kinds:
+        return None
+    return np.array(helper.helper.get_attribute_value(attribute), kinds[attribute.name])
+
+
 def _turned(graph: Any, stored: Mapping[str, Tensor]) -> set[str]:
     """Matrices that are only ever the right-hand side of products: kept as [n, k], as linear layers want them."""
     wanted: set[str] = set()
@@ -286,7 +294,8 @@ def _gather_sizes(builder: Builder, call: Call) -> Sizes | None:
     known, index = call.sizes(0), call.constant(1)
     if known is None or index is None or index.ndim > 1:
         return None
-    return [known[int(i)] for i in index.reshape(-1)] if all(-len(known) <= i < len(known) for i in index.reshape(-1)) else None
+    places = [int(i) for i in index.reshape(-1)]
+    return [known[i] for i in places] if all(-len(known) <= i < len(known) for i in places) else None
 
 
 def _slice_sizes(builder: Builder, call: Call) -> Sizes | None:

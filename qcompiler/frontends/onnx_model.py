@@ -254,5 +254,10 @@ def filled(proto: Any, tensors: dict[str, Tensor]) -> Any:
     return copy
 
 
+def stored_name(name: str) -> str:
+    """The name of an initializer in a program, where `::` stands for the parts of a quantized tensor."""
+    return name.replace("::", "..")
+
+
 def _holds_data(tensor: Any) -> bool:
     return any(len(getattr(tensor, f)) for f in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data"))

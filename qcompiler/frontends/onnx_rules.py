@@ -243,6 +243,31 @@ def _cast(call: Call) -> Made:
     return call.emit(aten.to.dtype, call.value(0), dtype)
 
 
+def _cast_like(call: Call) -> Made:
+    source, dtype = call.dtype(0), call.dtype(1)
+    if source.is_floating_point and not dtype.is_floating_point and dtype != torch.bool:
+        return No("floats to integers are undefined outside their range")
+    return call.emit(aten.to.dtype, call.value(0), dtype)
+
+
+def _range(call: Call) -> Made:
+    bounds = [call.sizes(i) for i in range(3)]
+    if any(b is None for b in bounds) or call.dtype(0) != torch.int64:
+        return No("its bounds are computed from data")
+    start, stop, step = (b[0] for b in bounds if b is not None)
+    return call.emit(aten.arange.start_step, start, stop, step, dtype=torch.int64)
+
+
+def _pad(call: Call) -> Made:
+    pads = call.listed("pads", 1, since=11)
+    fill = call.attribute("value", 0.0) if call.opset < 11 else call.constant(2) if call.has(2) else 0.0
+    if pads is None or fill is None or call.has(3) or call.attribute("mode", "constant") != "constant":
+        return No("its pads are computed, or it is not padded by a constant")
+    rank = call.rank(0)
+    pairs = [pad for axis in reversed(range(rank)) for pad in (pads[axis], pads[axis + rank])]
+    return call.emit(aten.constant_pad_nd.default, call.value(0), pairs, float(fill))
+
+
 def _shape(call: Call) -> Made:
     return No("shapes are read where they are used")
 
@@ -411,6 +436,9 @@ RULES: dict[str, Callable[[Call], Made]] = {
     "Slice": _slice,
     "Split": _split,
     "Cast": _cast,
+    "CastLike": _cast_like,
+    "Range": _range,
+    "Pad": _pad,
     "Shape": _shape,
     "ConstantOfShape": _constant_of_shape,
     "ReduceMean": _reduce(aten.mean.dim),
