@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import random
@@ -44,6 +45,7 @@ class LlamaCpp:
         """Load the model and create one context."""
         import llama_cpp
 
+        logging.getLogger("llama-cpp-python").setLevel(logging.WARNING)  # it writes thousands of lines otherwise
         self.lib = llama_cpp
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())
@@ -175,6 +177,7 @@ def measure(engine: Engine, command: str, args: argparse.Namespace) -> dict[str,
         times = engine.decode(prompt[: args.decode_context], args.new_tokens)
         result |= {"tokens": len(times), "context": args.decode_context, "seconds": sum(times)}
         result |= {"tokens_per_s": len(times) / sum(times), "median_tokens_per_s": 1 / statistics.median(times)}
+        result["best_step_tokens_per_s"] = 1 / min(times)
     elif command == "evaluate" and isinstance(engine, LlamaCpp):
         lines = [line for line in args.evaluate.read_text().splitlines() if line.strip()]
         losses = [engine.nll(json.loads(line)["input_ids"]) for line in lines]
