@@ -107,6 +107,8 @@ def sweep(
             statistics = _measure(nodes, needs(nodes), envs, samples, program)
             yield Segment(index, count, nodes, statistics)
             del statistics
+            if index + 1 == count:
+                break  # nobody reads what the last segment makes: the logits of every sample
             nodes = _nodes_of(program, index)
             for env in envs:
                 execute(nodes, env, program.tensors)
@@ -119,13 +121,19 @@ def _nodes_of(program: Program, index: int) -> list[fx.Node]:
 
 
 def _measure(
-    nodes: Sequence[fx.Node], needs: Needs, envs: Sequence[dict[fx.Node, Any]], samples: Sequence[Sample], program: Program
+    nodes: Sequence[fx.Node],
+    needs: Needs,
+    envs: Sequence[dict[fx.Node, Any]],
+    samples: Sequence[Sample],
+    program: Program,
 ) -> dict[str, Any]:
     """Fold the statistics over one segment; two nodes that ask the same of the same value share one fold."""
     if not needs:
         return {}
     asked = {node: needs[node.name] for node in nodes if node.name in needs}
     sources = {(node.args[0], statistic) for node, statistic in asked.items()}
+    watched = {value for value, _ in sources}
+    stop = max((i + 1 for i, node in enumerate(nodes) if node in watched), default=0)
     states = {key: key[1].start() for key in sources}
     for env, sample in zip(envs, samples, strict=True):
         scratch = dict(env)
@@ -137,7 +145,7 @@ def _measure(
 
         for node in env:  # values that earlier segments made
             watch(node, env[node])
-        execute(nodes, scratch, program.tensors, watch)
+        execute(nodes[:stop], scratch, program.tensors, watch)
     done = {key: key[1].done(state) for key, state in states.items()}
     return {node.name: done[node.args[0], statistic] for node, statistic in asked.items()}
 

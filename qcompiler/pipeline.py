@@ -6,8 +6,10 @@ afterwards that it did what its contract says; a pass that fails leaves the prog
 
 import abc
 import enum
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -60,7 +62,8 @@ class Pass(abc.ABC):
 
     def __str__(self) -> str:
         """The pass as recipe text, options that are not the default only: `gptq{scheme=int4:g64:asym}`."""
-        shown = [f"{f.name}={_option(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default]
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        shown = [f"{name}={_option(value)}" for name, value in values.items()]
         return f"{self.name}{{{' '.join(shown)}}}" if shown else self.name
 
 
@@ -137,14 +140,16 @@ class Runner:
     def _measure(self, program: Program, ahead: Sequence[Pass]) -> None:
         """Measure what the next pass needs, and its neighbours while each preserves, in one sweep."""
         needs: dict[str, Any] = {}
-        wanted = dict(ahead[0].needs(program))
+        wanted = _needs(ahead[0], program)
         missing = {n: s for n, s in wanted.items() if (n, s) not in self._measured}
+        if missing and not self.context.samples:
+            raise PassError(f'pass "{ahead[0].name}" needs calibration data and there is none; give some')
         if missing:
             batches = [missing]
-            for step, following in zip(ahead, ahead[1:], strict=False):
+            for step, following in pairwise(ahead):
                 if not step.preserves:
                     break
-                batches.append({n: s for n, s in following.needs(program).items() if (n, s) not in self._measured})
+                batches.append({n: s for n, s in _needs(following, program).items() if (n, s) not in self._measured})
             for needs in _compatible(batches):
                 found = calibration.measure(program, self.context.samples, needs, self.context.progress)
                 self._measured |= {(n, needs[n]): value for n, value in found.items()}
@@ -168,12 +173,9 @@ class Runner:
             record.changed = program.fingerprint() != before
             if record.changed:
                 self._check(program, snapshot, step, record)
-        except QCompilerError as error:
-            program.restore(snapshot)
-            raise type(error)(_blame(step, self.context.node, error)) from error
         except Exception as error:  # a pass may be a stranger's code
             program.restore(snapshot)
-            raise PassError(_blame(step, self.context.node, error)) from error
+            raise _blame(step, self.context.node, error) from error
         finally:
             self.context.node = None
         if record.changed and not step.preserves:
@@ -187,7 +189,13 @@ class Runner:
         """Hold the pass to its contract; raises ContractError."""
         assert self._outputs is not None
         after = self._evaluate(program)
-        record.output_change = max(relative_change(old, new) for old, new in zip(self._outputs, after, strict=True))
+        record.output_change = max(
+            (
+                relative_change(old, new, sample.get("attention_mask"))
+                for sample, old, new in zip(self.checks, self._outputs, after, strict=True)
+            ),
+            default=0.0,
+        )
         record.kl = mean_kl(self._outputs, after)
         if step.contract is Contract.EXACT and not record.output_change <= self.exact_tolerance:
             raise ContractError(
@@ -212,6 +220,14 @@ class Runner:
         return found
 
 
+def _needs(step: Pass, program: Program) -> dict[str, Any]:
+    """What a pass asks to be measured; PassError if asking fails."""
+    try:
+        return dict(step.needs(program))
+    except Exception as error:  # a pass may be a stranger's code
+        raise _blame(step, None, error) from error
+
+
 def _compatible(batches: Sequence[Needs]) -> list[dict[str, Any]]:
     """Merge needs into as few sweeps as possible: one, unless two ask different statistics of the same node."""
     sweeps: list[dict[str, Any]] = []
@@ -225,10 +241,12 @@ def _compatible(batches: Sequence[Needs]) -> list[dict[str, Any]]:
     return sweeps
 
 
-def _blame(step: Pass, node: fx.Node | None, error: Exception) -> str:
+def _blame(step: Pass, node: fx.Node | None, error: Exception) -> QCompilerError:
+    """The error with the names of the pass and the node it was at; a stranger's error becomes a PassError."""
     where = f' at node "{node.name}" ({node.meta.get("path", "")})' if node is not None else ""
-    kind = "" if isinstance(error, QCompilerError) else f"{type(error).__name__}: "
-    return f'pass "{step.name}"{where}: {kind}{error}'
+    if isinstance(error, QCompilerError):
+        return type(error)(f'pass "{step.name}"{where}: {error}')
+    return PassError(f'pass "{step.name}"{where}: {type(error).__name__}: {error}')
 
 
 def _no_writes(step: Pass, versions: Mapping[str, tuple[Tensor, int]]) -> None:
@@ -279,6 +297,8 @@ def relative_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor], real: 
     """
     worst = 0.0
     for name, before in old.items():
+        if name not in new:
+            raise ContractError(f'output "{name}" is gone')
         after = new[name]
         if before.shape != after.shape:
             raise ContractError(f'output "{name}" had shape {tuple(before.shape)} and now has {tuple(after.shape)}')
@@ -287,11 +307,19 @@ def relative_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor], real: 
             continue
         if real is not None and real.shape == before.shape[:2]:
             before, after = before[real != 0], after[real != 0]
-        difference = (after.double() - before.double()).abs().max().item() if before.numel() else 0.0
-        scale = before.double().abs().max().item() if before.numel() else 1.0
-        change = difference / max(scale, 1e-30)
-        worst = float("inf") if change != change else max(worst, change)
+        worst = max(worst, _change(before.double(), after.double()))
     return worst
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    """Largest absolute difference relative to the largest finite magnitude; equal infinities do not differ."""
+    differing = before != after
+    if not bool(differing.any()):
+        return 0.0
+    size = before.abs()[before.isfinite()]
+    scale = max(size.max().item() if size.numel() else 0.0, 1e-30)
+    change = (after - before).abs()[differing].max().item() / scale
+    return float("inf") if math.isnan(change) else change
 
 
 def mean_kl(old: Sequence[Mapping[str, Tensor]], new: Sequence[Mapping[str, Tensor]]) -> float | None:

@@ -75,10 +75,12 @@ class Registry:
             *((self.formats, f.name, f) for f in plugin.formats),
             *((self.recipes, path.stem, path) for path in recipes),
         ]
+        seen: set[tuple[int, str]] = set()
         for table, name, _ in named:
-            if name in table:
-                other = self.owners.get(name, "another plugin")
+            if name in table or (id(table), name) in seen:
+                other = self.owners.get(name, owner)
                 raise RecipeError(f'"{name}" is already taken by plugin "{other}"; plugin "{owner}" must rename it')
+            seen.add((id(table), name))
         for table, name, value in named:
             table[name] = value
             self.owners[name] = owner
@@ -98,7 +100,7 @@ def registry() -> Registry:
             if not isinstance(plugin, Plugin):
                 raise TypeError(f"{entry.value} is a {type(plugin).__name__}, not a Plugin")
             found.add(entry.name, plugin)
-        except Exception as error:  # a stranger's code may raise anything, and must not stop the others
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # a stranger's code must not stop the others
             found.broken.append(No(f"{type(error).__name__}: {error}", where=f"plugin {entry.name}"))
     if not found.passes and not found.backends:
         raise InputError("qcompiler is not installed properly: no plugins found; run: pip install -e .")
@@ -110,5 +112,6 @@ def lookup(kind: str, name: str) -> Any:
     table: Mapping[str, Any] = getattr(registry(), kind)
     if name not in table:
         noun = {"passes": "pass", "backends": "backend", "frontends": "front end", "formats": "format"}
-        raise RecipeError(f'there is no {noun.get(kind, kind)} "{name}"; {nearest(name, table)}')
+        broken = "".join(f"; not loaded: {no}" for no in registry().broken)
+        raise RecipeError(f'there is no {noun.get(kind, kind)} "{name}"; {nearest(name, table)}{broken}')
     return table[name]

@@ -6,8 +6,8 @@ Tensors live beside the graph, one name each (tied tensors are one tensor), memo
 
 import hashlib
 import json
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,7 +144,8 @@ class Program:
     @property
     def output_node(self) -> fx.Node:
         """The graph's one output node."""
-        return next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        node: fx.Node = self.graph.output_node()
+        return node
 
     def calls(self, *targets: Any) -> Iterator[fx.Node]:
         """The call nodes of the given operators (or all), in graph order; safe while nodes are replaced."""
@@ -236,7 +237,7 @@ class Program:
                 aten = torch.ops.aten
                 if user.target == aten.linear.default and user.args[1] is source and user.args[0] is not source:
                     bias = user.args[2:3]
-                    self.replace(user, ops.qc.linear, (user.args[0], parts, *bias), spec)
+                    self.replace(user, ops.qc.linear, (user.args[0], parts, *bias), {**user.kwargs, **spec})
                 elif user.target == aten.embedding.default and user.args[0] is source:
                     self.replace(user, ops.qc.embedding, (user.args[1], parts), spec)
                 else:
@@ -302,7 +303,7 @@ class Program:
             dict(self.tensors),
             self.inputs,
             self.outputs,
-            dict(self.info),
+            deepcopy(self.info),
             dict(self.quantized),
             dict(self.codes),
             dict(self._digests),
@@ -389,7 +390,7 @@ def execute(
         if node.op == "call_function":
             args = fx.node.map_aggregate(node.args, value)
             kwargs = fx.node.map_aggregate(node.kwargs, value)
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator, misc]
+            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             if watch:
                 watch(node, env[node])
         elif node.op == "output":
@@ -411,6 +412,7 @@ def _last_uses(nodes: Sequence[fx.Node]) -> dict[int, list[fx.Node]]:
 
 def part_names(spec: str) -> list[str]:
     """The names of the parts of a QTensor spec, nested ones as `scale.codes`."""
+
     def walk(fields: Mapping[str, Any], prefix: str) -> Iterator[str]:
         for part in fields["parts"]:
             if isinstance(part, str):
@@ -456,6 +458,7 @@ def print_lines(program: Program) -> Iterator[str]:
 def target_name(target: Any) -> str:
     """A call target's name: `aten.linear`, `aten.add.Tensor`, `qc.rope`, `operator.getitem`.
 
+    >>> import operator
     >>> target_name(torch.ops.aten.linear.default), target_name(operator.mul)
     ('aten.linear', 'operator.mul')
     """
@@ -493,8 +496,7 @@ def _has_effect(node: fx.Node) -> bool:
 
 
 def _tensor_digest(tensor: Tensor) -> bytes:
-    """A hash of a tensor's bytes."""
-    flat = tensor.detach().contiguous().view(-1)
-    raw = flat.view(torch.uint8).numpy() if flat.numel() else b""
-    return hashlib.blake2b(raw, digest_size=16).digest()
-
+    """A hash of a tensor's dtype, shape and bytes."""
+    digest = hashlib.blake2b(f"{tensor.dtype}{list(tensor.shape)}".encode(), digest_size=16)
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.digest()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompiler.errors import RecipeError
+from qcompiler.errors import InputError, RecipeError
 
 GRANULARITIES = ("tensor", "channel", "token", "group")
 _CODE = re.compile(r"(?P<code>int|nf|fp)(?P<bits>\d+)")
@@ -113,13 +113,13 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     if bits == 8:
         return codes.clone()
-    padded = torch.nn.functional.pad(codes, (0, -columns % 8)).view(rows, -1, 8)
+    padded = torch.nn.functional.pad(codes, (0, -columns % 8)).view(rows, -(-columns // 8), 8)
     # Eight codes of b bits fill exactly b bytes, whatever b is: one 64-bit word holds them.
     word = torch.zeros(padded.shape[:2], dtype=torch.int64, device=codes.device)
     for i in range(8):
         word |= padded[:, :, i].to(torch.int64) << (i * bits)
     stream = torch.stack([(word >> (8 * j) & 255).to(torch.uint8) for j in range(bits)], dim=-1)
-    return stream.view(rows, -1)[:, : -(-columns * bits // 8)].contiguous()
+    return stream.flatten(1)[:, : -(-columns * bits // 8)].contiguous()
 
 
 def unpack_bits(stream: Tensor, bits: int, columns: int) -> Tensor:
@@ -132,7 +132,7 @@ def unpack_bits(stream: Tensor, bits: int, columns: int) -> Tensor:
     if bits == 8:
         return stream[:, :columns]
     if bits == 4:
-        return torch.stack([stream & 15, stream >> 4], dim=-1).view(rows, -1)[:, :columns]
+        return torch.stack([stream & 15, stream >> 4], dim=-1).flatten(1)[:, :columns]
     words = -(-columns // 8)
     padded = torch.nn.functional.pad(stream, (0, words * bits - stream.shape[1])).view(rows, words, bits)
     word = torch.zeros((rows, words), dtype=torch.int64, device=stream.device)
@@ -140,7 +140,7 @@ def unpack_bits(stream: Tensor, bits: int, columns: int) -> Tensor:
         word |= padded[:, :, j].to(torch.int64) << (8 * j)
     mask = (1 << bits) - 1
     codes = torch.stack([(word >> (i * bits) & mask).to(torch.uint8) for i in range(8)], dim=-1)
-    return codes.view(rows, -1)[:, :columns]
+    return codes.flatten(1)[:, :columns]
 
 
 def storage_dtype(scale: Tensor) -> torch.dtype:
@@ -154,8 +154,13 @@ def range_grid(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tenso
     """Scale and zero point (None if symmetric) of the integer grid that covers [low, high].
 
     The range is widened to hold zero. Symmetric: the range is +-absmax, the zero code is 2**(bits-1).
-    The scale is already rounded to the dtype it will be stored in, so that codes fit the stored grid.
+    The scale is already rounded to the dtype it will be stored in, so that codes fit the stored grid. Raises
+    RecipeError for a code type whose values are not evenly spaced.
     """
+    if scheme.code != "int":
+        raise RecipeError(
+            f'scheme "{scheme}": only int codes can be computed from a range; write for example int4:g128'
+        )
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     if scheme.symmetric:
         high = torch.maximum(-low, high)
@@ -202,7 +207,12 @@ class QTensor:
 
     @classmethod
     def quantize(cls, weight: Tensor, scheme: Scheme, axis: int = -1) -> "QTensor":
-        """Round each value of `weight` to the nearest code of its group's minimum-maximum grid."""
+        """Round each value of `weight` to the nearest code of its group's minimum-maximum grid.
+
+        Raises InputError for a weight without values, RecipeError for codes that are not integers.
+        """
+        if weight.dim() == 0 or weight.numel() == 0:
+            raise InputError(f"a weight of shape {list(weight.shape)} has no rows of values to quantize; exclude it")
         rows = weight.detach().movedim(axis, -1).reshape(-1, weight.shape[axis]).float()
         groups = group_view(rows, scheme)
         low, high = groups.amin(-1), groups.amax(-1)
@@ -259,7 +269,8 @@ class QTensor:
             value = value[:, torch.argsort(self.permutation)]
         moved = list(self.shape)
         moved.append(moved.pop(self.axis))
-        return value.view(moved).movedim(-1, self.axis).to(self.dtype)
+        whole: Tensor = value.view(moved).movedim(-1, self.axis).to(self.dtype)
+        return whole
 
     def _uniform_group(self) -> int:
         """The group size where all groups are equal, so that scales spread by repetition; else 0."""
