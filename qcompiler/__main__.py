@@ -16,6 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Tracebacks are shown only with `--debug`, anywhere on the line, or `QCOMPILER_DEBUG=1`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # Other libraries' bars and advice would run through our own; these are read when they are imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     debug = "--debug" in given or os.environ.get("QCOMPILER_DEBUG") == "1"
     try:
         app([argument for argument in given if argument != "--debug"], prog_name="qcompiler")

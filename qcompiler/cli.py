@@ -79,6 +79,7 @@ def compile_command(
         next(read_texts(Path(calibration)))  # complain now, not after the capture
     source = resolve(model)
     with Reporter() as progress:
+        progress("reading and capturing the model", 0, 0)
         session = compile(
             source.model,
             recipe,

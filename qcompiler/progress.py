@@ -44,7 +44,7 @@ class Reporter:
 
 
 class _Bars:
-    """One rich bar for each kind of work; a bar goes away when its work is done."""
+    """One rich bar for each kind of work; it goes when that is done, or, having no end, when other work comes."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -56,6 +56,7 @@ class _Bars:
             transient=True,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._endless = ""
 
     def start(self) -> None:
         self._progress.start()
@@ -65,13 +66,19 @@ class _Bars:
 
     def update(self, what: str, done: int, total: int) -> None:
         kind = what.split(" ", 1)[0]
+        if kind != self._endless:
+            self._drop(self._endless)
         if total and done >= total:
-            if kind in self._tasks:
-                self._progress.remove_task(self._tasks.pop(kind))
+            self._drop(kind)
             return
         if kind not in self._tasks:
             self._tasks[kind] = self._progress.add_task(what)
+        self._endless = self._endless if total else kind
         self._progress.update(self._tasks[kind], description=what, completed=done, total=total or None)
+
+    def _drop(self, kind: str) -> None:
+        if kind in self._tasks:
+            self._progress.remove_task(self._tasks.pop(kind))
 
 
 class _Lines:

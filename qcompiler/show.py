@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -68,10 +69,11 @@ def facts_table(facts: Mapping[str, str]) -> Table:
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
-    """An empty table; columns named in `right` hold numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
-    for name in left:
-        table.add_column(name, overflow="fold")
+    """An empty table that fits 80 columns; columns named in `right` hold numbers."""
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, header_style="dim")
+    table.title_justify, table.title_style = "left", "bold"
+    for i, name in enumerate(left):
+        table.add_column(name, overflow="fold", ratio=None if i else 1)
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     return table
@@ -79,15 +81,13 @@ def _table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
 
 def passes_table(passes: Sequence[PassRecord]) -> Table:
     """What each pass did: its contract, cost, and effect."""
-    table = _table("Passes", ["pass", "contract"], ["seconds", "peak MB", "nodes", "MB", "change", "KL"])
+    table = _table("Passes", ["pass", "contract"], ["seconds", "MB after", "change", "KL"])
     for p in passes:
         table.add_row(
-            escape(p.text or p.name),
+            Text(p.text or p.name),
             Text(p.contract, style=CONTRACT_STYLE.get(p.contract, "")),
             f"{p.seconds:.1f}",
-            f"{p.peak_rss_mb:.0f}",
-            f"{p.nodes[0]} > {p.nodes[1]}",
-            f"{p.megabytes[0]:.1f} > {p.megabytes[1]:.1f}",
+            f"{p.megabytes[1]:.1f}",
             number(p.output_change, ".1e") if p.changed else "none",
             number(p.kl, ".4f"),
         )
@@ -95,43 +95,40 @@ def passes_table(passes: Sequence[PassRecord]) -> Table:
 
 
 def layers_table(layers: Sequence[LayerRecord]) -> Table:
-    """Each quantized tensor: how it is stored, what that cost, what it saved."""
-    table = _table("Layers", ["tensor", "scheme", "method"], ["output error", "SQNR dB", "kB before", "kB after"])
+    """Each quantized tensor: how it is stored, what that cost, what it takes."""
+    table = _table("Layers", ["tensor", "scheme"], ["error", "SQNR dB", "kB"])
     for layer in layers:
         table.add_row(
-            escape(layer.name),
-            layer.scheme,
-            escape(layer.method),
+            Text(layer.name.removesuffix(".weight")),
+            Text(layer.scheme),
             number(layer.output_error, ".2%"),
             number(layer.sqnr_db, ".1f"),
-            f"{layer.bytes_before / 1e3:,.0f}",
             f"{layer.bytes_after / 1e3:,.0f}",
         )
     return table
 
 
-def schemes_table(layers: Sequence[LayerRecord]) -> Table:
-    """Quantized tensors by scheme and method: how many, mean and worst error, bytes."""
+def schemes_table(layers: Sequence[LayerRecord]) -> RenderableType:
+    """Quantized tensors by scheme and method: how many, their error, their bytes."""
     groups: dict[tuple[str, str], list[LayerRecord]] = {}
     for layer in layers:
         groups.setdefault((layer.scheme, layer.method), []).append(layer)
-    table = _table("Quantized", ["scheme", "method"], ["tensors", "mean error", "worst", "MB before", "MB after"])
-    table.add_column("worst tensor", overflow="fold")
+    table = _table("Quantized", ["scheme", "method"], ["tensors", "mean error", "worst", "SQNR dB", "MB"])
     for (scheme, method), members in groups.items():
-        measured = [layer for layer in members if layer.output_error is not None]
-        worst = max(measured, key=lambda layer: layer.output_error or 0.0, default=None)
-        mean = sum(layer.output_error or 0.0 for layer in measured) / len(measured) if measured else None
+        errors = [layer.output_error for layer in members if layer.output_error is not None]
         table.add_row(
-            scheme,
-            escape(method),
+            Text(scheme),
+            Text(method),
             str(len(members)),
-            number(mean, ".2%"),
-            number(worst.output_error if worst else None, ".2%"),
-            f"{sum(layer.bytes_before for layer in members) / 1e6:,.1f}",
+            number(sum(errors) / len(errors) if errors else None, ".2%"),
+            number(max(errors, default=None), ".2%"),
+            number(sum(layer.sqnr_db for layer in members) / len(members), ".1f"),
             f"{sum(layer.bytes_after for layer in members) / 1e6:,.1f}",
-            escape(worst.name) if worst else "",
         )
-    return table
+    worst = max(layers, key=lambda layer: layer.output_error or 0.0)
+    if worst.output_error is None:
+        return table
+    return Group(table, Text(f"The largest error, {worst.output_error:.2%}, is that of {worst.name}.", style="dim"))
 
 
 def _refusals(refusals: Sequence[str]) -> Iterator[RenderableType]:
@@ -206,11 +203,13 @@ def plugins_view(facts: Mapping[str, Sequence[Mapping[str, str]]]) -> Renderable
     """The facts of `plugins_facts` as one table."""
     titles = {"frontends": "front ends", "broken": "broken plugins"}
     table = _table("", ["kind", "name", "plugin", "about"])
+    table.columns[0].ratio, table.columns[3].ratio = None, 1
     for kind, rows in facts.items():
         for i, row in enumerate(rows):
             style = "red" if kind == "broken" else ""
             label = titles.get(kind, kind) if i == 0 else ""
             table.add_row(label, *(escape(row[key]) for key in ("name", "plugin", "about")), style=style)
+        table.add_section()
     return table
 
 
