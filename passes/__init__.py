@@ -7,12 +7,14 @@ from pathlib import Path
 
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.carry import Carry
+from qcompiler.passes.fuse import Fuse
 from qcompiler.passes.gptq import Gptq
+from qcompiler.passes.kv_cache import KvCache
 from qcompiler.passes.pack import Pack
 from qcompiler.passes.rtn import Rtn
 from qcompiler.plugins import Plugin
 
 PLUGIN = Plugin(
-    passes=(Canonicalize, Carry, Gptq, Pack, Rtn),
+    passes=(Canonicalize, Carry, Fuse, Gptq, KvCache, Pack, Rtn),
     recipes=Path(__file__).parent / "recipes",
 )
