@@ -98,28 +98,31 @@ def sweep(
     again as it is by then, and its outputs feed the next one.
     """
     count = mark_segments(program)
-    with torch.no_grad():
-        envs: list[dict[fx.Node, Any]] = [dict(program.bind(sample)) for sample in samples]
-        for index in range(count):
-            if progress:
-                progress("calibrating", index, count)
-            nodes = _nodes_of(program, index)
-            statistics = _measure(nodes, needs(nodes), envs, samples, program)
-            yield Segment(index, count, nodes, statistics)
-            del statistics
-            if index + 1 == count:
-                break  # nobody reads what the last segment makes: the logits of every sample
-            nodes = _nodes_of(program, index)
-            for env in envs:
-                execute(nodes, env, program.tensors)
+    envs: list[dict[fx.Node, Any]] = [dict(program.bind(sample)) for sample in samples]
+    for index in range(count):
         if progress:
-            progress("calibrating", count, count)
+            progress("calibrating", index, count)
+        nodes = _nodes_of(program, index)
+        yield Segment(index, count, nodes, _measure(nodes, needs(nodes), envs, samples, program))
+        if index + 1 < count:  # nobody reads what the last segment makes: the logits of every sample
+            _advance(_nodes_of(program, index), envs, program)
+    if progress:
+        progress("calibrating", count, count)
 
 
 def _nodes_of(program: Program, index: int) -> list[fx.Node]:
     return [node for node in program.calls() if node.meta.get("segment") == index]
 
 
+# Gradients are off here and not in `sweep`: a generator would switch them off for whoever iterates over it.
+@torch.no_grad()
+def _advance(nodes: Sequence[fx.Node], envs: Sequence[dict[fx.Node, Any]], program: Program) -> None:
+    """Run one segment on every sample."""
+    for env in envs:
+        execute(nodes, env, program.tensors)
+
+
+@torch.no_grad()
 def _measure(
     nodes: Sequence[fx.Node],
     needs: Needs,

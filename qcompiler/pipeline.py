@@ -165,7 +165,7 @@ class Runner:
         if self._outputs is None:
             self._outputs = self._evaluate(program)
         try:
-            with Meter() as meter:
+            with Meter() as meter, torch.no_grad():
                 step.run(program, self.context)
                 program.clean()
                 program.verify()
