@@ -221,7 +221,9 @@ def onnx(model: Tensor, inputs: Sequence[Tensor], *, op: str) -> list[Tensor]:
     """
     session = _session(bytes(model.numpy()))
     feed = {spec.name: value.numpy() for spec, value in zip(session.get_inputs(), inputs, strict=True)}
-    return [torch.from_numpy(np.asarray(value)) for value in session.run(None, feed)]
+    # A dtype made from its text: ONNX Runtime's own uint64 has a type number that torch refuses.
+    found = map(np.asarray, session.run(None, feed))
+    return [torch.from_numpy(value.view(value.dtype.str)) for value in found]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -60,12 +60,13 @@ def capture(source: Any, example_inputs: Any = None) -> Program:
     types = watched.types(cases)
     builder, opaque = build(model, types, watched.inputs, cases)
     program = builder.finish()
+    opaque = {i: reason for i, reason in opaque.items() if i in builder.alive()}
     if opaque and not cases:
-        opaque = {i: "no inputs were found to check it with; give example_inputs" for i in opaque}
+        opaque = dict.fromkeys(opaque, "no inputs were found to check it with; give example_inputs")
     program.info = _info(model, program, opaque, types)
     answer = _agrees(program, cases)
     if isinstance(answer, No):
-        everything = {i: f"the mapped program differs: {answer.reason}" for i in range(len(model.proto.graph.node))}
+        everything = dict.fromkeys(range(len(model.proto.graph.node)), f"the mapped program differs: {answer.reason}")
         builder, opaque = build(model, types, watched.inputs, [], everything)
         program = builder.finish()
         program.info = _info(model, program, opaque, types)
@@ -77,7 +78,11 @@ def _named(watched: "Watched", example_inputs: Any) -> Values | None:
         return None
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
-    given = example_inputs if isinstance(example_inputs, Mapping) else dict(zip(watched.inputs, example_inputs, strict=False))
+    given = (
+        example_inputs
+        if isinstance(example_inputs, Mapping)
+        else dict(zip(watched.inputs, example_inputs, strict=False))
+    )
     if set(given) != set(watched.inputs):
         raise InputError(f"example inputs {sorted(given)} were given; the model takes {sorted(watched.inputs)}")
     return {name: torch.as_tensor(value).numpy() for name, value in given.items()}
@@ -123,10 +128,10 @@ class Watched:
         """All values for the given inputs, or None if the model does not take them."""
         try:
             found = self.session.run(None, feed)
-        except Exception:  # ORT raises a dozen types for inputs a model cannot use
+        except Exception:  # noqa: BLE001 - ORT raises a dozen types for inputs a model cannot use
             return None
         names = [spec.name for spec in self.session.get_outputs()]
-        return feed | dict(zip(names, map(np.asarray, found), strict=True))
+        return feed | dict(zip(names, map(_array, found), strict=True))
 
     def cases(self, given: Values | None) -> list[Values]:
         """All values for the given inputs; or for random ones, at two sizes of the dynamic axes."""
@@ -180,7 +185,13 @@ def _session(proto: Any, model: Source) -> Any:
             return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ORT raises a dozen types for models it cannot use
         reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", str(error)).partition("\n")[0]
-        raise InputError(f"ONNX Runtime cannot load {model.name}: {reason}") from None
+        raise InputError(f"ONNX Runtime cannot load {model.name}: {reason}") from error
+
+
+def _array(value: Any) -> Any:
+    """A value of ONNX Runtime's as an array that torch takes: its uint64 has a type number that torch refuses."""
+    array = np.asarray(value)
+    return array.view(array.dtype.str)
 
 
 def _dtype(text: str) -> torch.dtype | None:
@@ -244,7 +255,7 @@ def _mapped(
             made = [made] if isinstance(made, fx.Node) else list(made)
             answer = _right(builder, node, made, checked, cases)
             made = answer if isinstance(answer, No) else made
-    except Exception as error:  # a rule that trips over a strange node costs an opaque node, not the model
+    except Exception as error:  # noqa: BLE001 - a rule that trips over a strange node costs an opaque node, not the model
         made = No(f"{type(error).__name__}: {str(error)[:80]}")
     fresh = [n for n in builder.program.graph.nodes if n not in before]
     if isinstance(made, No):
@@ -280,7 +291,9 @@ def _right(
     return True
 
 
-def _evaluate(node: fx.Node, env: dict[fx.Node, Any], tensors: Mapping[str, Tensor], seen: dict[fx.Node, list[Any]]) -> Any:
+def _evaluate(
+    node: fx.Node, env: dict[fx.Node, Any], tensors: Mapping[str, Tensor], seen: dict[fx.Node, list[Any]]
+) -> Any:
     """The value of a node, from the nearest values that are known."""
     if node in env:
         return env[node]
@@ -289,7 +302,7 @@ def _evaluate(node: fx.Node, env: dict[fx.Node, Any], tensors: Mapping[str, Tens
     known = {used: _evaluate(used, env, tensors, seen) for used in node.all_input_nodes}
     args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda a: known[a] if isinstance(a, fx.Node) else a)
     with torch.no_grad():
-        env[node] = node.target(*args, **kwargs)
+        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     seen.setdefault(node, []).append(env[node])
     return env[node]
 
@@ -349,5 +362,5 @@ def _whole(model: Source, watched: Watched, reason: str) -> Program:
         items.append(program.graph.call_function(operator.getitem, (call, i)))
         items[-1].meta["type"] = types[name]
     program.graph.output(tuple(items))
-    program.info = {"source": model.name, "frontend": "onnx", "onnx": {"whole": reason}}
+    program.info = {"source": model.name, "frontend": "onnx", "onnx": {"whole": reason, "opaque": {"all": reason}}}
     return program

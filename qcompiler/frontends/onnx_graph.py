@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from qcompiler.errors import No, require
+from qcompiler.errors import require
 from qcompiler.frontends.onnx_model import DTYPES, SMALL, Source, captured, stored_name
 from qcompiler.ops import qc
 from qcompiler.program import Input, Program, Type
@@ -81,6 +81,10 @@ class Builder:
         self.program.clean()
         return self.program
 
+    def alive(self) -> set[int]:
+        """The indices of the ONNX nodes that the program's outputs need."""
+        return {self.origin[node] for node in self.program.graph.nodes if node in self.origin}
+
     # -- opaque nodes ----------------------------------------------------------------------------------------
 
     def opaque(self, index: int) -> None:
@@ -93,6 +97,7 @@ class Builder:
         stored = self.tensor(f"onnx.{index}.{node.op_type}", data)
         whole = self.emit(qc.onnx, stored, [self.value(n) for n in fed], op=node.op_type)
         outputs = [name for name in node.output if name]
+        self.origin[whole] = index
         whole.meta["type"] = tuple(self.types[name] for name in outputs)
         for i, name in enumerate(outputs):
             self.values[name] = self.emit(operator.getitem, whole, i)
@@ -119,9 +124,7 @@ class Builder:
         del model.graph.node[:]
         model.graph.node.extend(ordered)
         wanted = {name for name in constants if name not in self.protos and name not in self.producers}
-        model.graph.sparse_initializer.extend(
-            t for t in self.proto.graph.sparse_initializer if t.values.name in wanted
-        )
+        model.graph.sparse_initializer.extend(t for t in self.proto.graph.sparse_initializer if t.values.name in wanted)
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name)
         return model
 

@@ -200,7 +200,7 @@ def _size(tensor: Any) -> int:
         held = len(tensor.raw_data) // width if tensor.raw_data else sum(len(getattr(tensor, f)) for f in fields)
         if held != count or len(tensor.raw_data) % width:
             raise _Broken(f'tensor "{tensor.name}" of shape {list(tensor.dims)} holds {held} numbers, not {count}')
-    return count * width
+    return int(count * width)
 
 
 def _external(tensor: Any, folder: Path | None, size: int) -> np.ndarray[Any, Any]:
@@ -260,4 +260,7 @@ def stored_name(name: str) -> str:
 
 
 def _holds_data(tensor: Any) -> bool:
-    return any(len(getattr(tensor, f)) for f in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data"))
+    return any(
+        len(getattr(tensor, f))
+        for f in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+    )

@@ -1,21 +1,19 @@
 """Which ATen operators an ONNX operator becomes. Each rule is exactly right or says No; nothing is approximated.
 
-Rules are checked on data for every node when a model is captured (see `onnx`): a rule that errs costs an opaque
-node, never a wrong program.
+Those that only move or select elements are in `onnx_views`. Rules are checked on data for every node when a model is
+captured (see `onnx`): a rule that errs costs an opaque node, never a wrong program.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
 
 from qcompiler.errors import No
 from qcompiler.frontends.onnx_graph import Call
-from qcompiler.frontends.onnx_model import DTYPES
+from qcompiler.frontends.onnx_views import VIEWS, Made
 
 aten = torch.ops.aten
-Made = fx.Node | Sequence[fx.Node] | No
 
 
 def _simple(target: Any, *names: str, opset: int = 1, **defaults: Any) -> Callable[[Call], Made]:
@@ -36,7 +34,9 @@ def _binary(target: Any, integers: Any = None) -> Callable[[Call], Made]:
         if call.opset < 7:
             return No("broadcasting before opset 7")
         if integers is not None and not call.dtype(0).is_floating_point:
-            return integers(call) if not isinstance(integers, torch._ops.OpOverload) else call.emit(integers, *call.inputs)
+            return (
+                integers(call) if not isinstance(integers, torch._ops.OpOverload) else call.emit(integers, *call.inputs)
+            )
         return call.emit(target, *call.inputs)
 
     return rule
@@ -136,150 +136,6 @@ def _gemm(call: Call) -> Made:
     return call.emit(aten.add.Tensor, call.emit(aten.linear.default, call.value(0), weight), bias)
 
 
-def _gather(call: Call) -> Made:
-    axis, indices = call.attribute("axis", 0) % call.rank(0), call.constant(1)
-    if axis == 0 and call.is_weight(0) and call.rank(1) > 0:
-        return call.emit(aten.embedding.default, call.value(0), call.value(1))
-    if indices is not None and indices.ndim == 0:
-        return call.emit(aten.select.int, call.value(0), axis, int(indices))
-    index = call.value(1)
-    if call.dtype(1) != torch.int64:
-        index = call.emit(aten.to.dtype, index, torch.int64)
-    return call.emit(aten.index.Tensor, call.value(0), [None] * axis + [index])
-
-
-def _reshape(call: Call) -> Made:
-    sizes = call.sizes(1)
-    if sizes is None:
-        return No("its shape is computed from data")
-    if not call.attribute("allowzero", 0):
-        sizes = [call.size(0, i) if isinstance(s, int) and s == 0 else s for i, s in enumerate(sizes)]
-    return call.emit(aten.reshape.default, call.value(0), sizes)
-
-
-def _expand(call: Call) -> Made:
-    sizes, shape = call.sizes(1), call.shape(0)
-    if sizes is None or shape is None or not all(isinstance(s, int) for s in shape):
-        return No("its shape is computed from data")
-    if not all(isinstance(s, int) for s in sizes[-len(shape) :]) and any(s != 1 for s in shape):
-        return No("it broadcasts both ways with a dynamic shape")
-    shape = [1] * (len(sizes) - len(shape)) + list(shape)
-    sizes = [1] * (len(shape) - len(sizes)) + list(sizes)
-    wanted = [have if want == 1 and isinstance(want, int) else want for have, want in zip(shape, sizes, strict=True)]
-    return call.emit(aten.expand.default, call.value(0), wanted)
-
-
-def _transpose(call: Call) -> Made:
-    order = call.attribute("perm", list(range(call.rank(0)))[::-1])
-    return call.emit(aten.permute.default, call.value(0), order)
-
-
-def _concat(call: Call) -> Made:
-    return call.emit(aten.cat.default, list(call.inputs), call.attribute("axis", 1))
-
-
-def _flatten(call: Call) -> Made:
-    axis = call.attribute("axis", 1)
-    axis = axis + call.rank(0) if axis < 0 else axis
-    front = 1
-    for i in range(axis):
-        size = call.size(0, i)
-        if not isinstance(size, int) and axis > 1:
-            return No("dynamic axes in front")
-        front = size if axis == 1 else front * size
-    return call.emit(aten.reshape.default, call.value(0), [front, -1])
-
-
-def _squeeze(call: Call) -> Made:
-    axes = call.listed("axes", 1, since=13)
-    if axes is None and call.proto.input[1:]:
-        return No("its axes are computed")
-    return call.emit(aten.squeeze.dims, call.value(0), axes) if axes is not None else No("it squeezes every axis of 1")
-
-
-def _unsqueeze(call: Call) -> Made:
-    axes = call.listed("axes", 1, since=13)
-    if axes is None:
-        return No("its axes are computed")
-    value, rank = call.value(0), call.rank(0) + len(axes)
-    for axis in sorted(a % rank for a in axes):
-        value = call.emit(aten.unsqueeze.default, value, axis)
-    return value
-
-
-def _slice(call: Call) -> Made:
-    modern = call.opset >= 10
-    parts = [call.listed(name, i, since=10) for i, name in enumerate(("starts", "ends", "axes", "steps"), 1)]
-    starts, ends, axes, steps = parts
-    if starts is None or ends is None or (modern and any(call.has(i) and parts[i - 1] is None for i in (3, 4))):
-        return No("its bounds are computed")
-    axes = axes if axes is not None else list(range(len(starts)))
-    steps = steps if steps is not None else [1] * len(starts)
-    if any(step < 1 for step in steps):
-        return No("it steps backwards")
-    value, most = call.value(0), 2**63 - 1
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        value = call.emit(aten.slice.Tensor, value, axis % call.rank(0), start, min(end, most), step)
-    return value
-
-
-def _split(call: Call) -> Made:
-    axis = call.attribute("axis", 0) % call.rank(0)
-    sizes = call.listed("split", 1, since=13)
-    if sizes is None:
-        whole, count = call.size(0, axis), len(call.proto.output)
-        if call.has(1) or not isinstance(whole, int):
-            return No("its sizes are computed")
-        each = -(-whole // count)
-        sizes = [min(each, whole - i * each) for i in range(count)]
-    pieces = call.emit(aten.split_with_sizes.default, call.value(0), sizes, axis)
-    return [call.item(pieces, i) for i in range(len(sizes))]
-
-
-def _cast(call: Call) -> Made:
-    dtype, source = DTYPES.get(call.attribute("to", 1)), call.dtype(0)
-    if dtype is None or (source.is_floating_point and not dtype.is_floating_point and dtype != torch.bool):
-        return No("floats to integers are undefined outside their range")
-    return call.emit(aten.to.dtype, call.value(0), dtype)
-
-
-def _cast_like(call: Call) -> Made:
-    source, dtype = call.dtype(0), call.dtype(1)
-    if source.is_floating_point and not dtype.is_floating_point and dtype != torch.bool:
-        return No("floats to integers are undefined outside their range")
-    return call.emit(aten.to.dtype, call.value(0), dtype)
-
-
-def _range(call: Call) -> Made:
-    bounds = [call.sizes(i) for i in range(3)]
-    if any(b is None for b in bounds) or call.dtype(0) != torch.int64:
-        return No("its bounds are computed from data")
-    start, stop, step = (b[0] for b in bounds if b is not None)
-    return call.emit(aten.arange.start_step, start, stop, step, dtype=torch.int64)
-
-
-def _pad(call: Call) -> Made:
-    pads = call.listed("pads", 1, since=11)
-    fill = call.attribute("value", 0.0) if call.opset < 11 else call.constant(2) if call.has(2) else 0.0
-    if pads is None or fill is None or call.has(3) or call.attribute("mode", "constant") != "constant":
-        return No("its pads are computed, or it is not padded by a constant")
-    rank = call.rank(0)
-    pairs = [pad for axis in reversed(range(rank)) for pad in (pads[axis], pads[axis + rank])]
-    return call.emit(aten.constant_pad_nd.default, call.value(0), pairs, float(fill))
-
-
-def _shape(call: Call) -> Made:
-    return No("shapes are read where they are used")
-
-
-def _constant_of_shape(call: Call) -> Made:
-    sizes, value = call.sizes(0), call.tensor_attribute("value")
-    if sizes is None or (value is not None and value.dtype not in DTYPES.values()):
-        return No("its shape is computed from data")
-    fill = 0.0 if value is None else value.item()
-    return call.emit(aten.full.default, sizes, fill, dtype=torch.float32 if value is None else value.dtype)
-
-
 def _reduce(target: Any) -> Callable[[Call], Made]:
     since = 13 if target is aten.sum.dim_IntList else 18
 
@@ -348,26 +204,11 @@ def _global_pool(target: Any) -> Callable[[Call], Made]:
 def _dropout(call: Call) -> Made:
     if len(call.proto.output) > 1 or call.has(2):
         return No("its mask is used, or it trains")
-    return call.value(0)
+    return call.inputs[0]
 
 
 def _identity(call: Call) -> Made:
-    return call.value(0)
-
-
-def _trilu(call: Call) -> Made:
-    k = call.constant(1)
-    if call.has(1) and k is None:
-        return No("its diagonal is computed")
-    target = aten.triu.default if call.attribute("upper", 1) else aten.tril.default
-    return call.emit(target, call.value(0), 0 if k is None else int(k))
-
-
-def _cumsum(call: Call) -> Made:
-    axis = call.constant(1)
-    if axis is None or call.attribute("exclusive", 0) or call.attribute("reverse", 0):
-        return No("its axis is computed, or it runs backwards")
-    return call.emit(aten.cumsum.default, call.value(0), int(axis), dtype=call.dtype(0))
+    return call.inputs[0]
 
 
 def _leaky(call: Call) -> Made:
@@ -385,19 +226,46 @@ def _einsum(call: Call) -> Made:
 
 
 RULES: dict[str, Callable[[Call], Made]] = {
-    **{name: _simple(target) for name, target in {
-        "Relu": aten.relu.default, "Sigmoid": aten.sigmoid.default, "Tanh": aten.tanh.default,
-        "Erf": aten.erf.default, "Exp": aten.exp.default, "Log": aten.log.default, "Sqrt": aten.sqrt.default,
-        "Neg": aten.neg.default, "Abs": aten.abs.default, "Floor": aten.floor.default, "Ceil": aten.ceil.default,
-        "Round": aten.round.default, "Sin": aten.sin.default, "Cos": aten.cos.default, "Tan": aten.tan.default,
-        "Asin": aten.asin.default, "Acos": aten.acos.default, "Atan": aten.atan.default,
-        "Sinh": aten.sinh.default, "Cosh": aten.cosh.default, "Asinh": aten.asinh.default,
-        "Acosh": aten.acosh.default, "Atanh": aten.atanh.default, "Reciprocal": aten.reciprocal.default,
-        "Sign": aten.sign.default, "IsNaN": aten.isnan.default, "Not": aten.logical_not.default,
-        "Softplus": aten.softplus.default, "Mish": aten.mish.default, "HardSwish": aten.hardswish.default,
-        "And": aten.logical_and.default, "Or": aten.logical_or.default, "Xor": aten.logical_xor.default,
-        "Where": aten.where.self,
-    }.items()},
+    **VIEWS,
+    **{
+        name: _simple(target)
+        for name, target in {
+            "Relu": aten.relu.default,
+            "Sigmoid": aten.sigmoid.default,
+            "Tanh": aten.tanh.default,
+            "Erf": aten.erf.default,
+            "Exp": aten.exp.default,
+            "Log": aten.log.default,
+            "Sqrt": aten.sqrt.default,
+            "Neg": aten.neg.default,
+            "Abs": aten.abs.default,
+            "Floor": aten.floor.default,
+            "Ceil": aten.ceil.default,
+            "Round": aten.round.default,
+            "Sin": aten.sin.default,
+            "Cos": aten.cos.default,
+            "Tan": aten.tan.default,
+            "Asin": aten.asin.default,
+            "Acos": aten.acos.default,
+            "Atan": aten.atan.default,
+            "Sinh": aten.sinh.default,
+            "Cosh": aten.cosh.default,
+            "Asinh": aten.asinh.default,
+            "Acosh": aten.acosh.default,
+            "Atanh": aten.atanh.default,
+            "Reciprocal": aten.reciprocal.default,
+            "Sign": aten.sign.default,
+            "IsNaN": aten.isnan.default,
+            "Not": aten.logical_not.default,
+            "Softplus": aten.softplus.default,
+            "Mish": aten.mish.default,
+            "HardSwish": aten.hardswish.default,
+            "And": aten.logical_and.default,
+            "Or": aten.logical_or.default,
+            "Xor": aten.logical_xor.default,
+            "Where": aten.where.self,
+        }.items()
+    },
     "Elu": _simple(aten.elu.default, "alpha", alpha=1.0),
     "LeakyRelu": _leaky,
     "Swish": _swish,
@@ -425,22 +293,6 @@ RULES: dict[str, Callable[[Call], Made]] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Einsum": _einsum,
-    "Gather": _gather,
-    "Reshape": _reshape,
-    "Expand": _expand,
-    "Transpose": _transpose,
-    "Concat": _concat,
-    "Flatten": _flatten,
-    "Squeeze": _squeeze,
-    "Unsqueeze": _unsqueeze,
-    "Slice": _slice,
-    "Split": _split,
-    "Cast": _cast,
-    "CastLike": _cast_like,
-    "Range": _range,
-    "Pad": _pad,
-    "Shape": _shape,
-    "ConstantOfShape": _constant_of_shape,
     "ReduceMean": _reduce(aten.mean.dim),
     "ReduceSum": _reduce(aten.sum.dim_IntList),
     "ReduceMax": _reduce(aten.amax.default),
@@ -453,6 +305,4 @@ RULES: dict[str, Callable[[Call], Made]] = {
     "GlobalMaxPool": _global_pool(aten.amax.default),
     "Dropout": _dropout,
     "Identity": _identity,
-    "Trilu": _trilu,
-    "CumSum": _cumsum,
 }

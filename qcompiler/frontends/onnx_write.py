@@ -99,8 +99,9 @@ def _matched(program: Program, builder: Builder) -> dict[int, fx.Node]:
         old_args = fx.node.map_aggregate((old.args, old.kwargs), lambda a: _key(a, same))
         new_args = fx.node.map_aggregate((new.args, new.kwargs), lambda a: _key(a, {}))
         if old.target is aten.linear.default and new.target is qc.linear and old in builder.origin:
-            weight, parts = old_args[0][1], new.args[1]
-            if weight != _key(parts[0], {}).partition("::")[0] or old_args[0][0] != new_args[0][0]:  # type: ignore
+            before: Any = old_args[0]
+            after: Any = new_args[0]
+            if (before[0], *before[2:]) != (after[0], *after[2:]) or after[1][0] != f"{before[1]}::codes":
                 raise _changed(f'"{new.name}" reads something else')
             found[builder.origin[old]] = new
         elif old.target != new.target or old_args != new_args:
