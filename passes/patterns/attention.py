@@ -9,6 +9,7 @@ from torch import fx
 from qcompiler.errors import No
 from qcompiler.ops import default_scale, qc
 from qcompiler.passes.patterns import masks
+from qcompiler.passes.patterns.scores import hides, read_scores
 from qcompiler.program import Program, Type
 from qcompiler.rewrite import Capture, Pattern, Rule, arguments, matches, op, type_of_node
 
@@ -35,73 +36,30 @@ class ScaledDotProduct(Rule):
 
 
 class EagerAttention(Rule):
-    """softmax(q @ k' * scale + mask, -1) @ v  ->  qc.attention(q, k, v, mask, scale=)"""
+    """softmax(q @ k' * scale + mask, -1) @ v  ->  qc.attention(q, k, v, mask, scale=); see scores.py for what else"""
 
-    near = 2
+    def pattern(self, scores: Pattern, v: Pattern) -> Pattern:
+        weights = op.softmax(scores, -1) | op.softmax(scores, -1, Capture("dtype"))
+        flat = op.bmm(op.reshape(weights, Capture("to")), op.reshape(v, Capture("too")))
+        return op.matmul(weights, v) | op.reshape(flat, Capture("back"))
 
-    def pattern(self, q: Pattern, k: Pattern, v: Pattern, scale: Pattern, divisor: Pattern, added: Pattern) -> Pattern:
-        product = op.matmul(q, op.transpose(k, -2, -1))
-        scores = product * scale | product / divisor | product
-        masked = scores + added | scores
-        return op.matmul(op.softmax(masked, -1) | op.softmax(masked, -1, Capture("dtype")), v)
-
-    def rewrite(
-        self, program: Program, node: fx.Node, q: Any, k: Any, v: Any, scale: Any, divisor: Any, added: Any
-    ) -> fx.Node | No:
-        answer = _fits(q, k, v)
+    def rewrite(self, program: Program, node: fx.Node, scores: Any, v: Any) -> fx.Node | No | None:
+        kind = type_of_node(node)
+        if kind is None or kind.rank != 4:
+            return None
+        found = read_scores(program, scores)
+        if isinstance(found, No):
+            return found
+        answer = _fits(found.q, found.k, v)
         if isinstance(answer, No):
             return answer
-        factor, share = (masks.constant(program, 1.0 if s is None else s) for s in (scale, divisor))
-        if factor is None or not share:
-            return No("its scale is computed")
-        if added is not None and type_of_node(added) is None:
-            return No(f"{added} is added to its scores")
-        return program.call(qc.attention, (q, k, v, added), {"scale": factor / share}, like=node)
-
-
-class FilledAttention(Rule):
-    """softmax(where(seen, q @ k' * scale, -inf), -1) @ v  ->  qc.attention(q, k, v, seen, scale=)"""
-
-    def pattern(
-        self,
-        q: Pattern,
-        k: Pattern,
-        v: Pattern,
-        scale: Pattern,
-        divisor: Pattern,
-        seen: Pattern,
-        hidden: Pattern,
-        low: Pattern,
-    ) -> Pattern:
-        product = op.matmul(q, op.transpose(k, -2, -1))
-        scores = product * scale | product / divisor | product
-        masked = op.where(seen, scores, low) | op.masked_fill(scores, hidden, low)
-        return op.matmul(op.softmax(masked, -1) | op.softmax(masked, -1, Capture("dtype")), v)
-
-    def rewrite(
-        self,
-        program: Program,
-        node: fx.Node,
-        q: Any,
-        k: Any,
-        v: Any,
-        scale: Any,
-        divisor: Any,
-        seen: Any,
-        hidden: Any,
-        low: Any,
-    ) -> fx.Node | No:
-        answer = _fits(q, k, v)
-        if isinstance(answer, No):
-            return answer
-        factor, share = (masks.constant(program, 1.0 if s is None else s) for s in (scale, divisor))
-        if factor is None or not share:
-            return No("its scale is computed")
-        if not masks.is_low(program, low):
-            return No(f"hidden scores become {low}, which is not a large negative number")
-        if seen is None:
-            seen = program.call(aten.logical_not.default, (hidden,), like=node, type=hidden.meta["type"])
-        return program.call(qc.attention, (q, k, v, seen), {"scale": factor / share}, like=node)
+        hiding = [added for added in found.added if hides(program, added)]
+        biases = [added for added in found.added if added not in hiding]
+        if len(hiding) > 1 or len(biases) > 1:
+            return No("several masks or several biases are added to its scores")
+        mask, bias = next(iter(hiding), None), next(iter(biases), None)
+        how = {"scale": found.scale} | ({"softcap": found.softcap} if found.softcap else {})
+        return program.call(qc.attention, trimmed([found.q, found.k, v, mask, None, bias]), how, like=node)
 
 
 def _fits(q: Any, k: Any, v: Any) -> int | No:
@@ -118,7 +76,14 @@ def _fits(q: Any, k: Any, v: Any) -> int | No:
     return size
 
 
-RULES: tuple[Rule, ...] = (ScaledDotProduct(), EagerAttention(), FilledAttention())
+def trimmed(args: list[Any]) -> list[Any]:
+    """Arguments without the absent ones at the end."""
+    while args and args[-1] is None:
+        args = args[:-1]
+    return args
+
+
+RULES: tuple[Rule, ...] = (ScaledDotProduct(), EagerAttention())
 
 
 # -- what stands around an attention ---------------------------------------------------------------------------
@@ -168,9 +133,7 @@ def fold_masks(program: Program, refuse: Callable[[No], None]) -> int:
         usual = {"left": -1, "right": -1, "chunk": 0, "softcap": 0.0}
         how = {name: value for name, value in how.items() if usual.get(name) != value}
         args = [*node.args[:3], None, seen.padding, given["bias"], given["sinks"]]
-        while args[-1] is None:
-            args.pop()
-        program.replace(node, qc.attention, args, how)
+        program.replace(node, qc.attention, trimmed(args), how)
         count += 1
     return count
 

@@ -43,7 +43,7 @@ def _nearer(a: int, b: int) -> int:
 def read(program: Program, node: fx.Node) -> Sight | No:
     """The sight that a mask [batch or 1, 1, queries, keys] means, boolean or added to the scores."""
     kind = type_of_node(node)
-    if kind is None or kind.rank not in (2, 4):
+    if kind is None or kind.rank not in (0, 2, 4):
         return No(f"the mask is {kind}")
     reader = _READERS.get(op_name(node))
     if reader is None:

@@ -112,4 +112,5 @@ def _is_weight(program: Program, weight: Any, shape: Any) -> bool:
     return stored is not None and list(stored.shape) == list(shape)
 
 
-RULES: tuple[Rule, ...] = (RmsNorm(), RmsNormWeight(), LayerNorm(), LayerNormWeight(), LayerNormBias())
+# A layer norm is an RMS norm of centred values: it must be looked for first.
+RULES: tuple[Rule, ...] = (LayerNorm(), LayerNormWeight(), LayerNormBias(), RmsNorm(), RmsNormWeight())

@@ -147,24 +147,36 @@ def _rope(program: Program, node: fx.Node, x: Any, cos: Any, sin: Any, interleav
     if isinstance(heads, No):
         return heads
     cos, sin = (_without_heads(program, table, heads, node) for table in (cos, sin))
+    return _placed(program, node, x, cos, sin, heads, interleaved)
+
+
+def _placed(program: Program, node: fx.Node, x: Any, cos: Any, sin: Any, heads: int, interleaved: bool) -> fx.Node:
+    """qc.rope in the place of `node`; heads stand at axis `heads` of x, tables are [batch or 1, sequence, r/2]."""
+    how = {"interleaved": True} if interleaved else {}
     if heads == 1:
-        return program.call(qc.rope, (x, cos, sin), {"interleaved": True} if interleaved else {}, like=node)
+        return program.call(qc.rope, (x, cos, sin), how, like=node)
+    kind = node.meta["type"]
     b, s, h, d = kind.shape
     turned = Type((b, h, s, d), kind.dtype)
     x = program.call(aten.transpose.int, (x, 1, 2), like=node, type=turned)
-    x = program.call(qc.rope, (x, cos, sin), {"interleaved": True} if interleaved else {}, like=node, type=turned)
+    x = program.call(qc.rope, (x, cos, sin), how, like=node, type=turned)
     return program.call(aten.transpose.int, (x, 1, 2), like=node)
 
 
 def _heads_axis(x: Type, table: Type | None) -> int | No:
     """The axis of x that the tables are the same along."""
-    if table is None or table.rank not in (2, 3, 4) or table.shape[-1] * 2 != x.shape[-1]:
+    if table is None or table.rank not in (2, 3, 4) or not _narrow(table.shape[-1], x.shape[-1]):
         return No(f"tables of {table} do not fit x of {x}")
     shape = (1,) * (4 - table.rank) + table.shape
     for heads, sequence in ((1, 2), (2, 1)):
         if shape[heads] == 1 and shape[sequence] == x.shape[sequence] and shape[0] in (1, x.shape[0]):
             return heads
     return No(f"tables of {table} are not the same for all heads of {x}")
+
+
+def _narrow(angles: Any, channels: Any) -> bool:
+    """Whether so many angles turn no more than the channels there are."""
+    return isinstance(angles, int) and isinstance(channels, int) and 2 * angles <= channels
 
 
 def _without_heads(program: Program, table: fx.Node, heads: int, like: fx.Node) -> fx.Node:
@@ -275,38 +287,42 @@ class ComplexPairs(Rule):
 
     near = 4
 
-    def pattern(self, x: Pattern, turn: Pattern) -> Pattern:
-        turned = op.view_as_real(op.view_as_complex(op.reshape(x, Capture("paired"))) * turn)
+    def pattern(self, x: Pattern, sizes: Pattern, turn: Pattern) -> Pattern:
+        turned = op.view_as_real(op.view_as_complex(op.reshape(x, sizes)) * turn)
         return op.reshape(turned, Capture("shape")) | op.flatten(turned, -2)
 
-    def rewrite(self, program: Program, node: fx.Node, x: Any, turn: Any) -> fx.Node | No:
-        kind, complex_kind = type_of_node(x), type_of_node(turn)
-        if kind is None or complex_kind is None or complex_kind.shape[-1] != _half(kind.shape[-1]):
-            return No(f"x of {kind} is not turned by pairs of channels")
+    def rewrite(self, program: Program, node: fx.Node, x: Any, sizes: Any, turn: Any) -> fx.Node | No:
+        kind = type_of_node(node)
+        if kind is None or kind.rank != 4 or len(sizes) != 5 or sizes[-1] != 2:
+            return No(f"it makes {kind} of pairs {sizes}")
         with program.graph.inserting_before(turn):
             tables = _cartesian(program, turn)
-        return tables if isinstance(tables, No) else _rope(program, node, x, *tables, interleaved=True)
+        if isinstance(tables, No):
+            return tables
+        whole = program.call(aten.reshape.default, (x, [*sizes[:3], kind.shape[3]]), like=node)
+        return _rope(program, node, whole, *tables, interleaved=True)
 
 
 class PartialRope(Rule):
     """cat([qc.rope(x[..., :r], cos, sin), x[..., r:]], -1)  ->  qc.rope(x, cos, sin)"""
 
-    def pattern(self, x: Pattern, cos: Pattern, sin: Pattern, flag: Pattern, size: Pattern, end: Pattern) -> Pattern:
+    def pattern(self, x: Pattern, cos: Pattern, sin: Pattern, flag: Pattern, axis: Pattern) -> Pattern:
+        size, end = Capture("size"), Capture("end")
         split = op.split_with_sizes(x, [size, Capture("rest")], -1)
         part = op.slice(x, -1, 0, size, 1) | op.getitem(split, 0)
         rest = op.slice(x, -1, size, end, 1) | op.getitem(split, 1)
-        swapped = op.transpose(part, -3, -2)
-        rope = op.qc.rope(part, cos, sin, interleaved=flag)
-        rope_swapped = op.transpose(op.qc.rope(swapped, cos, sin, interleaved=flag), -3, -2)
-        return op.cat([rope | rope_swapped, rest], -1)
+        turned = op.qc.rope(op.transpose(part, axis, -2), cos, sin, interleaved=flag)
+        rope = op.qc.rope(part, cos, sin, interleaved=flag) | op.transpose(turned, -3, -2)
+        return op.cat([rope, rest], -1)
 
     def rewrite(
-        self, program: Program, node: fx.Node, x: Any, cos: Any, sin: Any, flag: Any, size: Any, end: Any
-    ) -> fx.Node | No:
-        kind = type_of_node(x)
-        if kind is None or kind != type_of_node(node):
-            return No(f"the parts of x ({kind}) are not put together again")
-        return _rope(program, node, x, cos, sin, interleaved=flag)
+        self, program: Program, node: fx.Node, x: Any, cos: Any, sin: Any, flag: Any, axis: Any
+    ) -> fx.Node | No | None:
+        if axis not in (None, -3):
+            return None
+        if type_of_node(x) is None or type_of_node(x) != type_of_node(node):
+            return No("the parts of x are not put together again")
+        return _placed(program, node, x, cos, sin, 1 if axis is None else 2, bool(flag))
 
 
 def rules(program: Program) -> tuple[Rule, ...]:
