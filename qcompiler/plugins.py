@@ -98,7 +98,7 @@ def registry() -> Registry:
         try:
             plugin = entry.load()
             if not isinstance(plugin, Plugin):
-                raise TypeError(f"{entry.value} is a {type(plugin).__name__}, not a Plugin")
+                raise TypeError(f"{entry.value} is of type {type(plugin).__name__}, not a Plugin")
             found.add(entry.name, plugin)
         except (Exception, SystemExit) as error:  # noqa: BLE001  # a stranger's code must not stop the others
             found.broken.append(No(f"{type(error).__name__}: {error}", where=f"plugin {entry.name}"))
