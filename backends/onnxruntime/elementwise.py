@@ -285,6 +285,7 @@ RULES: dict[str, Rule] = {
     "aten.bitwise_not": bitwise("Not"),
     "aten.__and__": bitwise("And"),
     "aten.__or__": bitwise("Or"),
+    "aten.__xor__": bitwise("Xor"),
     "aten.silu": silu,
     "aten.gelu": gelu,
     "aten.clamp": clamp,

@@ -61,6 +61,11 @@ def matrix_transpose(low: Lowering, out: Type, x: ir.Value) -> ir.Value:
     return low.op("Transpose", x, perm=list(range(rank(x)))[::-1])
 
 
+def inner_transpose(low: Lowering, out: Type, x: ir.Value) -> ir.Value:
+    """With the last two axes exchanged."""
+    return transpose(low, out, x, -2, -1)
+
+
 def permute(low: Lowering, out: Type, x: ir.Value, order: Sequence[int]) -> ir.Value:
     """With the axes in another order."""
     return low.op("Transpose", x, perm=[axis % rank(x) for axis in order])
@@ -321,6 +326,7 @@ RULES: dict[str, Rule] = {
     "aten.transpose": transpose,
     "aten.t": matrix_transpose,
     "aten.numpy_T": matrix_transpose,
+    **dict.fromkeys(["aten.mT", "aten.adjoint"], inner_transpose),
     "aten.permute": permute,
     "aten.expand": expand,
     "aten.expand_as": expand_as,
