@@ -171,6 +171,8 @@ def packed(q: QTensor) -> tuple[dict[str, int], dict[str, Any]] | No:
     """Attributes and tensors of MatMulNBits for a weight [n, k], or why it cannot hold it."""
     bits, columns = q.scheme.bits, q.columns
     block = q.scheme.group_of(columns)
+    if block == columns:  # a single group may end in codes that nothing reads
+        block = max(16, 1 << (columns - 1).bit_length())
     if bits not in (2, 4, 8):
         return No(f"{bits} bits, not 2, 4 or 8")
     if block < 16 or block & (block - 1) or block > 256:
