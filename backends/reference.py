@@ -21,16 +21,7 @@ class Reference(Backend):
         return True
 
     def lower(self, program: Program, folder: Path | None = None) -> "ReferenceRunner":
-        return ReferenceRunner(decoded(program))
-
-
-def decoded(program: Program) -> Program:
-    """A copy whose quantized tensors are float tensors: the same results, without decoding at every call."""
-    copy = program.copy()
-    for name in list(copy.quantized):
-        copy.restore_tensor(name)
-    copy.clean()
-    return copy
+        return ReferenceRunner(program.decoded())
 
 
 class ReferenceRunner(Runner):

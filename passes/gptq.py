@@ -18,7 +18,7 @@ from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
 from qcompiler.passes.statistics import Hessian
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
-from qcompiler.scheme import QTensor, Scheme, group_view, pack_bits, range_grid, round_to_grid
+from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits, range_grid, round_to_grid
 
 BLOCK = 128  # columns whose errors are spread together, as in the paper's lazy batch updates
 
@@ -160,7 +160,8 @@ def solve(w: Tensor, u: Tensor, order: Tensor, scheme: Scheme, scale: Tensor, ze
 
 def search_grid(w: Tensor, importance: Tensor, scheme: Scheme, clip: float) -> tuple[Tensor, Tensor | None]:
     """Per group, the shrunken minimum-maximum range with the least rounding error weighted by `importance` [k]."""
-    groups = group_view(w, scheme)
+    size = scheme.group_of(w.shape[1])
+    groups = by_group(w, size)
     low, high = groups.amin(-1), groups.amax(-1)
     if scheme.granularity == "tensor":
         low, high = low.amin().view(1, 1), high.amax().view(1, 1)
@@ -173,19 +174,12 @@ def search_grid(w: Tensor, importance: Tensor, scheme: Scheme, clip: float) -> t
         shrink = 1 - (1 - clip) * step / steps
         scale, zero = range_grid(low * shrink, high * shrink, scheme)
         q = QTensor(scheme, tuple(w.shape), pack_bits(round_to_grid(w, scheme, scale, zero), scheme.bits), scale, zero)
-        error = _group_sums((q.dequantize() - w).pow(2) * weights, scheme)
+        error = by_group((q.dequantize() - w).pow_(2).mul_(weights), size).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_low = torch.where(better, low * shrink, best_low)
         best_high = torch.where(better, high * shrink, best_high)
     return range_grid(best_low, best_high, scheme)
-
-
-def _group_sums(values: Tensor, scheme: Scheme) -> Tensor:
-    """Sums over each group of [rows, columns]: [rows, groups]."""
-    size = scheme.group_of(values.shape[1])
-    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % size))
-    return padded.view(values.shape[0], -1, size).sum(-1)
 
 
 def refit_scale(w: Tensor, h: Tensor, q: QTensor) -> Tensor:
@@ -199,7 +193,7 @@ def refit_scale(w: Tensor, h: Tensor, q: QTensor) -> Tensor:
     for group in range(count):
         inside = index == group
         curved = steps[:, inside] @ h[inside]
-        gram[:, group] = _group_sums(curved * steps, q.scheme)
+        gram[:, group] = by_group(curved * steps, q.scheme.group_of(w.shape[1])).sum(-1)
         target[:, group] = (curved * w).sum(-1)
     ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(count)
     fitted, failed = torch.linalg.solve_ex(gram + ridge, target)

@@ -247,20 +247,38 @@ class Program:
             self.graph.erase_node(source)
         del self.tensors[name]
 
-    def restore_tensor(self, name: str) -> None:
-        """Put the dequantized float tensor in the place of the quantized tensor `name`, at every use of it."""
-        self.tensors[name] = self.qtensor(name).dequantize()
+    def restore_tensor(self, name: str, weight: Tensor | None = None) -> None:
+        """Put a float tensor (its own dequantized one) in the place of the quantized tensor `name`, at every use."""
+        self.tensors[name] = self.qtensor(name).dequantize() if weight is None else weight
         for user in self._users_of(name):
             with self.graph.inserting_before(user):
-                weight = self.get(name, like=user)
+                source = self.get(name, like=user)
             if user.target is ops.qc.linear:
-                self.replace(user, torch.ops.aten.linear.default, (user.args[0], weight, *user.args[2:3]))
+                self.replace(user, torch.ops.aten.linear.default, (user.args[0], source, *user.args[2:3]))
             elif user.target is ops.qc.embedding:
-                self.replace(user, torch.ops.aten.embedding.default, (weight, user.args[0]))
+                self.replace(user, torch.ops.aten.embedding.default, (source, user.args[0]))
             else:
-                user.replace_all_uses_with(weight)
+                user.replace_all_uses_with(source)
                 self.graph.erase_node(user)
-        self.clean()
+        del self.quantized[name]
+
+    def decoded(self, known: "dict[int, tuple[Tensor, Tensor]] | None" = None) -> "Program":
+        """A copy whose quantized tensors are float tensors: the same results, without decoding at every call.
+
+        `known` is where a caller keeps what was decoded, by identity of the codes, for its next copy.
+        """
+        copy, fresh = self.copy(), {}
+        for name in list(copy.quantized):
+            weight = copy.qtensor(name)
+            codes, value = (known or {}).get(id(weight.codes), (None, None))
+            value = weight.dequantize() if value is None or codes is not weight.codes else value
+            fresh[id(weight.codes)] = (weight.codes, value)
+            copy.restore_tensor(name, value)
+        if known is not None:
+            known.clear()
+            known.update(fresh)
+        copy.clean()
+        return copy
 
     def _users_of(self, name: str) -> list[fx.Node]:
         """The qc:: calls that read the quantized tensor `name`."""

@@ -214,7 +214,8 @@ class QTensor:
         if weight.dim() == 0 or weight.numel() == 0:
             raise InputError(f"a weight of shape {list(weight.shape)} has no rows of values to quantize; exclude it")
         rows = weight.detach().movedim(axis, -1).reshape(-1, weight.shape[axis]).float()
-        groups = group_view(rows, scheme)
+        # The grid always holds zero, so that the zeros that fill up a short last group change nothing.
+        groups = by_group(rows, scheme.group_of(rows.shape[-1]))
         low, high = groups.amin(-1), groups.amax(-1)
         if scheme.granularity == "tensor":
             low, high = low.amin().view(1, 1), high.amax().view(1, 1)
@@ -254,17 +255,16 @@ class QTensor:
 
     def dequantize(self) -> Tensor:
         """The tensor this record stands for: `shape`, in `dtype`."""
-        codes, scale = self.unpacked(), _floats(self.scale)
-        wide = scale.shape[-1] > 1
-        spread = _spreader(self.group_index() if wide else None, self._uniform_group() if wide else 0, self.columns)
+        codes, scale = self._by_group(self.unpacked()), _floats(self.scale)
         if self.codebook is not None:
-            value = self.codebook[codes.long()] * spread(scale)
+            value = self.codebook[codes.long()] * self._spread(scale)
         elif self.minimum is not None:
-            value = codes.float() * spread(scale) + spread(_floats(self.minimum))
+            value = codes.float() * self._spread(scale) + self._spread(_floats(self.minimum))
         elif self.zero is not None:
-            value = (codes.float() - spread(self.zero.float())) * spread(scale)
+            value = (codes.float() - self._spread(self.zero.float())) * self._spread(scale)
         else:
-            value = (codes.float() - (self.scheme.levels >> 1)) * spread(scale)
+            value = (codes.float() - (self.scheme.levels >> 1)) * self._spread(scale)
+        value = value.flatten(1)[:, : self.columns]
         if self.permutation is not None:
             value = value[:, torch.argsort(self.permutation)]
         moved = list(self.shape)
@@ -272,10 +272,17 @@ class QTensor:
         whole: Tensor = value.view(moved).movedim(-1, self.axis).to(self.dtype)
         return whole
 
-    def _uniform_group(self) -> int:
-        """The group size where all groups are equal, so that scales spread by repetition; else 0."""
-        size = self.scheme.group_of(self.columns)
-        return size if self.boundaries is None and self.columns % size == 0 else 0
+    def _by_group(self, values: Tensor) -> Tensor:
+        """Columns seen as [rows, groups, group], so that per-group values broadcast; one group where sizes differ."""
+        if self.boundaries is not None:
+            return values[:, None]
+        return by_group(values, self.scheme.group_of(self.columns))
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Per-group values [rows, groups], ready to broadcast over `_by_group`."""
+        if self.boundaries is not None:
+            return values[:, None, self.group_index()] if values.shape[-1] > 1 else values[:, None]
+        return values[..., None]
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors of the record by name, nested records flattened (`scale.codes`)."""
@@ -354,34 +361,24 @@ class QTensor:
 _PARTS = ("codes", "scale", "zero", "minimum", "codebook", "boundaries", "permutation")
 
 
-def group_view(rows: Tensor, scheme: Scheme) -> Tensor:
-    """Rows [rows, columns] as [rows, groups, group]; a short last group is filled with its own first value."""
-    columns, size = rows.shape[-1], scheme.group_of(rows.shape[-1])
-    missing = -columns % size if size else 0
-    if missing:
-        start = columns - columns % size
-        rows = torch.cat([rows, rows[:, start : start + 1].expand(-1, missing)], dim=-1)
-    return rows.view(rows.shape[0], -1, size) if size else rows.view(rows.shape[0], 1, 0)
+def by_group(values: Tensor, size: int) -> Tensor:
+    """Values [rows, columns] as [rows, groups, size]; a short last group is filled up with zeros.
+
+    >>> by_group(torch.arange(6).view(1, 6), 4).tolist()
+    [[[0, 1, 2, 3], [4, 5, 0, 0]]]
+    """
+    missing = -values.shape[-1] % size if size else 0
+    padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
+    size = max(size, 1)
+    return padded.reshape(values.shape[0], padded.shape[1] // size, size)
 
 
 def round_to_grid(rows: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor | None) -> Tensor:
     """Nearest codes, uint8 [rows, columns], of float `rows` on the grid (`scale`, `zero`)."""
-    columns = rows.shape[-1]
-    index = torch.arange(columns, device=rows.device) // scheme.group_of(columns) if scale.shape[-1] > 1 else None
-    spread = _spreader(index, 0, columns)
-    offset = spread(zero.float()) if zero is not None else float(scheme.levels >> 1)
-    return (torch.round(rows / spread(scale.float())) + offset).clamp(0, scheme.levels - 1).to(torch.uint8)
-
-
-def _spreader(index: Tensor | None, uniform: int, columns: int) -> Any:
-    """A function that spreads per-group values [rows, groups] over columns (broadcast if one group)."""
-
-    def spread(values: Tensor) -> Tensor:
-        if index is None or values.shape[-1] == 1:
-            return values
-        return values.repeat_interleave(uniform, dim=-1) if uniform else values[:, index]
-
-    return spread
+    steps = torch.round(by_group(rows, scheme.group_of(rows.shape[-1])) / scale.float()[..., None])
+    offset = zero.float()[..., None] if zero is not None else float(scheme.levels >> 1)
+    codes = (steps + offset).clamp_(0, scheme.levels - 1).to(torch.uint8)
+    return codes.flatten(1)[:, : rows.shape[-1]].contiguous()
 
 
 def _floats(part: "Tensor | QTensor") -> Tensor:
