@@ -7,22 +7,27 @@ that changed (load_state_dict, an optimizer). A graph that cannot be compiled ru
 why; `strict` makes that an error. A graph without weights is nothing to compress, and runs as it is.
 """
 
+import logging
 import operator
 import re
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from qcompiler.compiler import compile
+from qcompiler.compiler import capture
 from qcompiler.errors import InputError, No, QCompilerError, RecipeError, nearest
+from qcompiler.pipeline import Context, Runner
 from qcompiler.plugins import lookup
 from qcompiler.recipe import Recipe
+from qcompiler.target import Runner as Lowered
+from qcompiler.target import place
 
+log = logging.getLogger(__name__)
 Values = tuple[Any, ...]
 _PATH = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 _CHANGE_SIGNATURE = ("kv_cache",)  # a module under torch.compile keeps its inputs and outputs
@@ -30,7 +35,11 @@ _CHANGE_SIGNATURE = ("kv_cache",)  # a module under torch.compile keeps its inpu
 
 @dataclass(frozen=True)
 class Options:
-    """What `torch.compile(..., options={...})` may say."""
+    """What `torch.compile(..., options={...})` may say.
+
+    `recipe` and `backend` as for `qcompiler.compile`; with `strict`, a graph that cannot be compiled is an error. What
+    the passes did and refused is logged by "qcompiler.dynamo" at level INFO.
+    """
 
     recipe: Any = "rtn-w4a16"
     backend: str = "reference"
@@ -96,19 +105,15 @@ class Variant:
         )
 
 
-@dataclass
 class Graph:
     """One graph of Dynamo's, and what it was compiled to so far."""
 
-    gm: fx.GraphModule
-    example_inputs: Sequence[Any]
-    given: Mapping[str, Any]
-    variants: dict[tuple[int, ...], Variant] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], given: Mapping[str, Any]) -> None:
+        self.gm = gm
+        self.given = given
         self.options: Options | None = None
-        self.layout = Layout(self.gm, self.example_inputs)
-        self.example_inputs = ()  # they are the user's to free
+        self.layout = Layout(gm, example_inputs)
+        self.variants: dict[tuple[int, ...], Variant] = {}
         self.warned = False
 
     def run(self, *args: Any) -> Values:
@@ -135,23 +140,28 @@ class Graph:
         if isinstance(answer, No):
             return self._fall_back(answer)
         try:
-            session = compile(
-                layout.module(args),
-                options.recipe,
-                backend=options.backend,
-                strict=options.strict,
-                example_inputs=layout.tensors(args),
-            )
+            names, runner = self._lower(layout.module(args), layout.tensors(args), options)
         except QCompilerError as error:
             if options.strict:
                 raise
             return self._fall_back(No(str(error)))
-        runner, names = session.runner, [i.name for i in session.program.inputs]
 
         def run(*args: Any) -> Values:
-            return layout.results(args, runner(dict(zip(names, layout.tensors(args), strict=False))))
+            return layout.results(args, runner(dict(zip(names, layout.tensors(args), strict=True))))
 
         return run
+
+    def _lower(self, module: fx.GraphModule, inputs: tuple[Tensor, ...], options: Options) -> tuple[list[str], Lowered]:
+        """The names of the inputs, and what runs the program; contracts are checked on the user's own inputs."""
+        program = capture(module, inputs)
+        names = [i.name for i in program.inputs]
+        pipeline = Runner(Context(), [dict(zip(names, inputs, strict=True))])
+        pipeline.run(program, options.recipe.passes)
+        for record in pipeline.records:
+            log.info(
+                "%s: %d tensors; refused: %s", record.text, len(record.layers), "; ".join(record.refusals) or "none"
+            )
+        return names, place(program, [lookup("backends", options.backend)()]).backend.lower(program)
 
     def _fall_back(self, no: No) -> Callable[..., Values]:
         """The graph as it is, with a warning; an error if the options ask for it."""

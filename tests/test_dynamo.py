@@ -1,5 +1,6 @@
 """torch.compile(backend="qcompiler"): what runs quantized, what is left to PyTorch and why, and that results follow."""
 
+import copy
 import warnings
 from collections.abc import Iterator
 
@@ -97,6 +98,23 @@ def test_named_recipes_work_on_any_module() -> None:
         warnings.simplefilter("error", UserWarning)
         run = torch.compile(model, backend="qcompiler")
         torch.testing.assert_close(run(x), rounded(twin(model), "int4:g64:asym")(x))
+
+
+def test_contracts_are_checked_on_real_inputs() -> None:
+    """A batch norm's variance is an input like any other to Dynamo; a made-up one may be negative."""
+    model = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Linear(32, 8)).eval()
+    expected = rounded(copy.deepcopy(model))
+    with torch.no_grad():
+        for batch in (3, 5, 6):
+            x = torch.randn(batch, 64)
+            torch.testing.assert_close(compiled(model, strict=True)(x), expected(x))
+
+
+def test_what_was_done_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with torch.no_grad(), caplog.at_level("INFO", "qcompiler.dynamo"):
+        compiled(Mlp(), RTN + ", rtn{include=@head}")(torch.randn(2, 64))
+    assert caplog.messages[0] == f"{RTN}: 2 tensors; refused: none"
+    assert "no linear layer follows the repeated blocks" in caplog.messages[1]
 
 
 def test_changed_weights_are_seen() -> None:
