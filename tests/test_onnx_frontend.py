@@ -285,7 +285,16 @@ def test_encoder_exported_by_torch(dynamo: bool, tmp_path: Path) -> None:
 
     config = BertConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64, vocab_size=99)
     bert = BertModel(config, add_pooling_layer=False).eval()
-    bert.config.return_dict = False
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = bert
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            states: torch.Tensor = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+            return states
+
     ids = torch.randint(0, 99, (2, 9))
     names, path = ["input_ids", "attention_mask"], tmp_path / "bert.onnx"
     sizes = {0: "batch", 1: "sequence"}
@@ -294,7 +303,7 @@ def test_encoder_exported_by_torch(dynamo: bool, tmp_path: Path) -> None:
         if dynamo
         else {"dynamic_axes": dict.fromkeys(names, sizes)}
     )
-    torch.onnx.export(bert, (ids, torch.ones_like(ids)), path, dynamo=dynamo, input_names=names, **how)
+    torch.onnx.export(Encoder(), (ids, torch.ones_like(ids)), path, dynamo=dynamo, input_names=names, **how)
     program = frontend.capture(path)
     assert len(program.linears()) == 12
     ids = torch.randint(0, 99, (3, 6))
