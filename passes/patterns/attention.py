@@ -32,7 +32,7 @@ class ScaledDotProduct(Rule):
         if causal and q.meta["type"].shape[2] != k.meta["type"].shape[2]:
             return No("it is causal, counted from the first key, over more keys than queries")
         how = {"scale": default_scale(answer) if scale is None else float(scale)} | ({"right": 0} if causal else {})
-        return program.call(qc.attention, (q, k, v, mask), how, like=node)
+        return program.call(qc.attention, trimmed([q, k, v, mask]), how, like=node)
 
 
 class EagerAttention(Rule):
@@ -53,13 +53,21 @@ class EagerAttention(Rule):
         answer = _fits(found.q, found.k, v)
         if isinstance(answer, No):
             return answer
-        hiding = [added for added in found.added if hides(program, added)]
-        biases = [added for added in found.added if added not in hiding]
-        if len(hiding) > 1 or len(biases) > 1:
+        sight = masks.Sight()
+        masked: list[fx.Node] = []
+        biases: list[fx.Node] = []
+        for added in found.added:
+            read = masks.read_for(program, added, found.q, found.k)
+            both = read if isinstance(read, No) else sight.both(read)
+            if not isinstance(both, No):
+                sight = both
+            else:
+                (masked if hides(program, added) else biases).append(added)
+        if len(masked) > 1 or len(biases) > 1:
             return No("several masks or several biases are added to its scores")
-        mask, bias = next(iter(hiding), None), next(iter(biases), None)
-        how = {"scale": found.scale} | ({"softcap": found.softcap} if found.softcap else {})
-        return program.call(qc.attention, trimmed([found.q, found.k, v, mask, None, bias]), how, like=node)
+        args: list[Any] = [found.q, found.k, v, *(masked or [None]), sight.padding, *(biases or [None])]
+        how = {"scale": found.scale, "softcap": found.softcap}
+        return program.call(qc.attention, trimmed(args), options(sight, how), like=node)
 
 
 def _fits(q: Any, k: Any, v: Any) -> int | No:
@@ -81,6 +89,13 @@ def trimmed(args: list[Any]) -> list[Any]:
     while args and args[-1] is None:
         args = args[:-1]
     return args
+
+
+def options(sight: masks.Sight, how: dict[str, Any]) -> dict[str, Any]:
+    """The options of an attention that differ from the usual ones."""
+    every = how | {name: getattr(sight, name) for name in ("left", "right", "chunk")}
+    usual = {"left": -1, "right": -1, "chunk": 0, "softcap": 0.0}
+    return {name: value for name, value in every.items() if usual.get(name) != value}
 
 
 RULES: tuple[Rule, ...] = (ScaledDotProduct(), EagerAttention())
@@ -127,11 +142,7 @@ def fold_masks(program: Program, refuse: Callable[[No], None]) -> int:
         if isinstance(seen, No):
             refuse(No(f"its mask stays a tensor: {seen.reason}", f"{node.name} ({node.meta.get('path', '')})"))
             continue
-        how = {name: given[name] for name in ("scale", "softcap")} | {
-            name: getattr(seen, name) for name in ("left", "right", "chunk")
-        }
-        usual = {"left": -1, "right": -1, "chunk": 0, "softcap": 0.0}
-        how = {name: value for name, value in how.items() if usual.get(name) != value}
+        how = options(seen, {name: given[name] for name in ("scale", "softcap")})
         args = [*node.args[:3], None, seen.padding, given["bias"], given["sinks"]]
         program.replace(node, qc.attention, trimmed(args), how)
         count += 1
@@ -140,11 +151,7 @@ def fold_masks(program: Program, refuse: Callable[[No], None]) -> int:
 
 def _sight(program: Program, given: dict[str, Any]) -> masks.Sight | No:
     """What the queries of an attention see through its mask and what it says itself."""
-    mask = type_of_node(given["mask"])
-    sizes = given["q"].meta["type"].shape[2], given["k"].meta["type"].shape[2]
-    if mask is None or mask.shape[-2:] not in (sizes, (1, sizes[1])):
-        return No(f"it is {mask}, not [batch, 1, {sizes[0]}, {sizes[1]}]")
-    sight = masks.read(program, given["mask"])
+    sight = masks.read_for(program, given["mask"], given["q"], given["k"])
     if isinstance(sight, No):
         return sight
     return sight.both(masks.Sight(given["padding"], given["left"], given["right"], given["chunk"]))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qcompiler.errors import No
 from qcompiler.program import Program
@@ -41,14 +41,20 @@ def _nearer(a: int, b: int) -> int:
 
 
 def read(program: Program, node: fx.Node) -> Sight | No:
-    """The sight that a mask [batch or 1, 1, queries, keys] means, boolean or added to the scores."""
-    kind = type_of_node(node)
-    if kind is None or kind.rank not in (0, 2, 4):
-        return No(f"the mask is {kind}")
-    reader = _READERS.get(op_name(node))
-    if reader is None:
+    """The sight that a mask [batch or 1, 1, queries, keys] means: a boolean one is true where a key may be seen, any
+    other is added to the scores."""
+    reader = _stored if node.op == "get_attr" else _READERS.get(op_name(node))
+    if reader is None or type_of_node(node) is None:
         return No(f"the mask is made by {op_name(node) or node.op}")
     return reader(program, node, arguments(node))
+
+
+def read_for(program: Program, mask: fx.Node, q: fx.Node, k: fx.Node) -> Sight | No:
+    """The sight that a mask means for queries and keys [batch, heads, sequence, d]."""
+    kind, queries, keys = type_of_node(mask), q.meta["type"].shape[2], k.meta["type"].shape[2]
+    if kind is None or kind.shape[-2:] not in ((queries, keys), (1, keys)):
+        return No(f"it is {kind}, not [batch, 1, {queries}, {keys}]")
+    return read(program, mask)
 
 
 def _qc_mask(program: Program, node: fx.Node, args: dict[str, Any]) -> Sight | No:
@@ -64,15 +70,64 @@ def _and(program: Program, node: fx.Node, args: dict[str, Any]) -> Sight | No:
 
 
 def _through(program: Program, node: fx.Node, args: dict[str, Any]) -> Sight | No:
-    """A mask repeated over the batch, or of another type."""
+    """A mask repeated over the batch, or in another precision."""
     kind, source = type_of_node(node), type_of_node(args["self"])
-    if kind is None or source is None or (kind.shape[-2:] != source.shape[-2:] and source.rank == kind.rank):
+    if kind is None or source is None or kind.shape[-1] != source.shape[-1]:
         return No("the mask is cut or repeated")
+    if source.shape[-2] not in (1, kind.shape[-2]):
+        return No("the mask is cut or repeated")
+    if kind.dtype != source.dtype and not (kind.dtype.is_floating_point and source.dtype.is_floating_point):
+        return No(f"the mask is a {kind} made of a {source}")
     return read(program, args["self"])
 
 
 def _everything(program: Program, node: fx.Node, args: dict[str, Any]) -> Sight | No:
-    return Sight()
+    """A boolean mask of ones."""
+    kind = type_of_node(node)
+    return Sight() if kind is not None and kind.dtype == torch.bool else No(f"the mask is full of ones ({kind})")
+
+
+def _not(program: Program, node: fx.Node, args: dict[str, Any]) -> Sight | No:
+    """What is not hidden: keys that do not come after the query, or to whose scores nothing is added."""
+    hidden = args["self"]
+    if op_name(hidden) in _OPPOSITE:
+        return _compared(_OPPOSITE[op_name(hidden)], *hidden.args[:2])
+    source = real_tokens(hidden)
+    kind = type_of_node(source)
+    if source is not hidden and kind is not None and kind.dtype.is_floating_point:
+        return read(program, source)
+    return No(f"the mask is the opposite of {op_name(hidden) or hidden.op}")
+
+
+def _stored(program: Program, node: fx.Node, args: dict[str, Any]) -> Sight | No:
+    """The first queries and keys of a stored triangle (GPT-Neo)."""
+    source: Any = node
+    while op_name(source) == "slice":
+        found = arguments(source)
+        if found["start"] != 0 or found["step"] != 1:
+            return No("a part of a stored mask that does not begin with its first query and key")
+        source = found["self"]
+    table = program.tensor_of(source)
+    if table is None or table.dim() < 2 or table.numel() != table.shape[-1] ** 2:
+        return No("the mask is no stored square, nor part of one")
+    table = table.reshape(table.shape[-2:])
+    if table.dtype == torch.bool:
+        return _band(table)
+    return _band(table == 0) if bool(((table == 0) | (table <= _LOW)).all()) else No("the stored mask is a bias")
+
+
+def _band(table: Tensor) -> Sight | No:
+    """The window [queries, keys] that is true where -left <= key - query <= right."""
+    size = table.shape[0]
+    place = torch.arange(size)
+    distance = place[None, :] - place[:, None]
+    seen = distance[table]
+    if table.shape != (size, size) or not seen.numel():
+        return No("the stored mask is no window")
+    low, high = int(seen.min()), int(seen.max())
+    if low > 0 or high < 0 or not torch.equal(table, (distance >= low) & (distance <= high)):
+        return No("the stored mask is no window")
+    return Sight(left=-1 if low == 1 - size else -low, right=-1 if high == size - 1 else high)
 
 
 def _where(program: Program, node: fx.Node, args: dict[str, Any]) -> Sight | No:
@@ -84,19 +139,27 @@ def _where(program: Program, node: fx.Node, args: dict[str, Any]) -> Sight | No:
 
 def _compare(program: Program, node: fx.Node, args: dict[str, Any]) -> Sight | No:
     """keys <= queries: causal. keys > queries - n: a window of n."""
-    name, a, b = op_name(node), _place(args["self"]), _place(args["other"])
+    return _compared(op_name(node), args["self"], args["other"])
+
+
+_OPPOSITE = {"le": "gt", "gt": "le", "ge": "lt", "lt": "ge"}
+_MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}
+
+
+def _compared(name: str, left: Any, right: Any) -> Sight | No:
+    a, b = _place(left), _place(right)
     if a is None or b is None:
         return No("a comparison of something else than positions")
     if (a.axis, b.axis) == ("query", "key"):
-        name, a, b = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}[name], b, a
+        name, a, b = _MIRRORED[name], b, a
     if (a.axis, b.axis) != ("key", "query"):
         return No("a comparison of something else than positions of keys and queries")
     distance = b.offset - a.offset  # key <= query + distance
     if name in ("le", "lt"):
-        right = distance - (name == "lt")
-        return Sight(right=right) if right >= 0 else No("queries do not see themselves")
-    left = -distance - (name == "gt")
-    return Sight(left=left) if left >= 0 else No("queries do not see themselves")
+        far = distance - (name == "lt")
+        return Sight(right=far) if far >= 0 else No("queries do not see themselves")
+    far = -distance - (name == "gt")
+    return Sight(left=far) if far >= 0 else No("queries do not see themselves")
 
 
 def _gathered(program: Program, node: fx.Node, args: dict[str, Any]) -> Sight | No:
@@ -111,14 +174,18 @@ def _gathered(program: Program, node: fx.Node, args: dict[str, Any]) -> Sight | 
 
 
 def _broadcast(program: Program, node: fx.Node, args: dict[str, Any]) -> Sight | No:
-    """padding[:, None, None, :]"""
+    """padding[:, None, None, :]; window[None, None]"""
     source: Any = node
     while op_name(source) == "unsqueeze":
         source = source.args[0]
-    kind, padding = type_of_node(node), type_of_node(source)
-    if kind is None or padding is None or padding.rank != 2 or kind.shape[1:3] != (1, 1):
-        return No("the mask is no padding mask of each sequence")
-    return Sight(real_tokens(source))
+    kind, inner = type_of_node(node), type_of_node(source)
+    if kind is None or inner is None or kind.dtype != torch.bool:
+        return No(f"the mask is {kind}")
+    if inner.rank == 2 and kind.rank == 4 and kind.shape[1:3] == (1, 1):
+        return Sight(real_tokens(source))
+    if kind.shape[-inner.rank :] == inner.shape:
+        return read(program, source)
+    return No(f"the mask is a {kind} made of a {inner}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +195,8 @@ class _Positions:
 
 
 def _place(node: Any) -> _Positions | None:
-    """Along which axis of [batch, 1, queries, keys] a node counts 0, 1, 2 …, and from which number on."""
+    """Along which axis of [batch, 1, queries, keys] a node counts 0, 1, 2 …, and from which number on; the first two
+    axes may be missing."""
     kind = type_of_node(node)
     source, offset = node, 0
     while op_name(source) in ("unsqueeze", "_to_copy", "reshape", "add", "sub"):
@@ -139,9 +207,9 @@ def _place(node: Any) -> _Positions | None:
             offset += args["other"] * (1 if op_name(source) == "add" else -1)
         source = args["self"]
     counted = type_of_node(source)
-    if kind is None or kind.rank != 4 or op_name(source) != "arange" or counted is None or not _from_zero(source):
+    if kind is None or kind.rank > 4 or op_name(source) != "arange" or counted is None or not _from_zero(source):
         return None
-    axes = [i for i, size in enumerate(kind.shape) if size != 1]
+    axes = [i - kind.rank for i, size in enumerate(kind.shape) if size != 1]
     return _Positions(("batch", "head", "query", "key")[axes[0]], offset) if len(axes) == 1 else None
 
 
@@ -185,6 +253,8 @@ _READERS: dict[str, Callable[[Program, fx.Node, dict[str, Any]], Sight | No]] = 
     **dict.fromkeys(("__and__", "bitwise_and", "logical_and"), _and),
     **dict.fromkeys(("expand", "_to_copy", "repeat"), _through),
     **dict.fromkeys(("ones", "new_ones", "ones_like"), _everything),
+    **dict.fromkeys(("logical_not", "bitwise_not"), _not),
+    "slice": _stored,
     **dict.fromkeys(("le", "lt", "ge", "gt"), _compare),
     "where": _where,
     "index": _gathered,

@@ -282,6 +282,26 @@ class PairsApart(Rule):
         return _rope(program, node, x, cos, sin, interleaved=True)
 
 
+class PairsToHalves(Rule):
+    """cat([even(x) * cos - odd(x) * sin, odd(x) * cos + even(x) * sin], -1)  ->  qc.rope(cat([even(x), odd(x)], -1))"""
+
+    near = 6
+
+    def pattern(self, x: Pattern, cos: Pattern, sin: Pattern) -> Pattern:
+        even, odd = pairs(x)
+        return op.cat([even * cos - odd * sin, odd * cos + even * sin], -1)
+
+    def rewrite(self, program: Program, node: fx.Node, x: Any, cos: Any, sin: Any) -> fx.Node | No:
+        kind = node.meta["type"]
+        half = Type((*kind.shape[:-1], kind.shape[-1] // 2), kind.dtype)
+        even, odd = (
+            program.call(aten.slice.Tensor, (x, kind.rank - 1, start, 2**63 - 1, 2), like=node, type=half)
+            for start in (0, 1)
+        )
+        sorted_pairs = program.call(aten.cat.default, ([even, odd], -1), like=node)
+        return _rope(program, node, sorted_pairs, cos, sin, interleaved=False)
+
+
 class ComplexPairs(Rule):
     """view_as_real(view_as_complex(pairs of x) * polar(1, angle))  ->  qc.rope(x, cos, sin, interleaved=True)"""
 
@@ -329,7 +349,7 @@ def rules(program: Program) -> tuple[Rule, ...]:
     """The rotary rules, sharing what they find out about the tables of `program`."""
     tables = Tables(program)
     doubled = (RotateHalf(tables), RotatePairs(tables))
-    return (*doubled, HalvesApart(), PairsApart(), ComplexPairs(), PartialRope())
+    return (*doubled, HalvesApart(), PairsApart(), PairsToHalves(), ComplexPairs(), PartialRope())
 
 
 def _in_the_middle(x: Any, half: Any, width: Any) -> bool:

@@ -188,12 +188,49 @@ def _same_axis(node: fx.Node, source: fx.Node) -> bool:
     return node.target is aten.squeeze.dim and arguments(node)["dim"] == arguments(source)["dim"]
 
 
+def _not(program: Program, node: fx.Node, args: dict[str, Any]) -> Answer:
+    """~x of booleans  ->  logical_not(x); logical_not(logical_not(x))  ->  x"""
+    kind, source = type_of_node(node), args["self"]
+    if kind is None or kind != type_of_node(source) or kind.dtype != torch.bool:
+        return None
+    if op_name(source) in ("logical_not", "bitwise_not") and type_of_node(source.args[0]) == kind:
+        return source.all_input_nodes[0]  # type: ignore[no-any-return]
+    if node.target is aten.logical_not.default:
+        return None
+    return program.call(aten.logical_not.default, (source,), like=node)
+
+
+def _copy(program: Program, node: fx.Node, args: dict[str, Any]) -> Answer:
+    """copy(x, y), which is y in the shape of x  ->  y"""
+    return args["src"] if type_of_node(args["src"]) == type_of_node(node) else None
+
+
+def _scattered(program: Program, node: fx.Node, args: dict[str, Any]) -> Answer:
+    """slice_scatter(slice_scatter(empty, a, d, 0, n), b, d, n)  ->  cat([a, b], d)"""
+    inner, dim = args["self"], args["dim"]
+    if op_name(inner) != "slice_scatter" or args["step"] != 1:
+        return None
+    before, kinds = arguments(inner), [type_of_node(n) for n in (node, inner.args[1], args["src"])]
+    if op_name(before["self"]) not in ("new_empty", "empty", "empty_like") or before["dim"] != dim or None in kinds:
+        return None
+    whole, first, second = (kind.shape[dim] for kind in kinds if kind is not None)
+    spans = [(before["start"] or 0, before["end"]), (args["start"] or 0, args["end"])]
+    if before["step"] != 1 or not all(isinstance(size, int) for size in (whole, first, second)):
+        return None
+    if [slice(*span).indices(whole)[:2] for span in spans] != [(0, first), (first, whole)]:
+        return None
+    return program.call(aten.cat.default, ([before["src"], args["src"]], dim), like=node)
+
+
 _SPELLINGS: dict[str, Callable[[Program, fx.Node, dict[str, Any]], Answer]] = {
     **dict.fromkeys(_CASTS, _cast),
     **dict.fromkeys(_RESHAPES, _reshape),
     **dict.fromkeys(("permute", "transpose", "t", "numpy_T", "mT", "swapaxes", "swapdims"), _transpose),
     **dict.fromkeys(("chunk", "split"), _split),
     **dict.fromkeys(("add", "sub", "mul", "div"), _arithmetic),
+    **dict.fromkeys(("logical_not", "bitwise_not"), _not),
+    "copy": _copy,
+    "slice_scatter": _scattered,
     "cat": _cat,
     "squeeze": _squeeze,
 }
