@@ -7,12 +7,37 @@ hide that it was dropped.
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 WINDOW = 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a tiny configuration is made: features and sizes whose name matches `without` keep their default; one layer
+    of each kind is there `times` times; with `grouped`, fewer heads of keys than of queries."""
+
+    without: str = "$^"
+    times: int = 1
+    grouped: bool = True
+
+
+# Not every architecture can have every feature: what its own code refuses is left out, as little as possible.
+VARIANTS = (
+    Variant(),
+    Variant(times=2),
+    Variant(grouped=False),
+    Variant("partial_rotary_factor"),
+    Variant(".*bias"),
+    Variant("use_qk_norm|qk_layernorm|new_decoder_architecture|enable_moe_block"),
+    Variant(".*sliding_window.*"),
+    Variant(".*bias|partial_rotary_factor|use_qk_norm|qk_layernorm|new_decoder_architecture|enable_moe_block", 2),
+    Variant(".*bias|.*sliding_window.*|partial_rotary_factor|use_.*|enable_moe_block", 2, grouped=False),
+)
 
 # The first pattern that matches a field's whole name decides. Features come first, sizes after them.
 _FEATURES: tuple[tuple[str, Any], ...] = (
@@ -23,27 +48,60 @@ _FEATURES: tuple[tuple[str, Any], ...] = (
     (r"attention_bias|qkv_bias|use_qkv_bias|attn_bias|mlp_bias|lm_head_bias|use_bias", True),
     (r"use_qk_norm|qk_layernorm|new_decoder_architecture", True),
     (r"norm_topk_prob", True),
-    (r"enable_moe_block", True),
+    (r"enable_moe_block|is_decoder", True),
+    (r"default_language", "en_XX"),
+    (r"axial_pos_embds", False),
+    (r"attention_type", "original_full"),
 )
 _SIZES: tuple[tuple[str, Any], ...] = (
+    (r"type_vocab_size", 2),
     (r"vocab_size_per_layer_input|(.*_)?vocab_size", 128),
     (r"unpadded_vocab_size", 120),
     (r"max_window_layers|num_dense_layers|first_k_dense_replace|.*offset", 1),
     (r".*_(period|interval|pattern|step)|global_attn_every_n_layers|layer_group_size", 2),
     (r"hidden_size_per_layer_input|ple_embed_dim", 16),
-    (r"head_dim|.*_head_dim|qk_head_dim|d_kv|kv_channels|mamba_d_head|mamba_head_dim|mamba_headdim", 16),
-    (r"(hidden_size|d_model|n_embd|embedding_size|dim|width|hidden_dim|attention_hidden_size|dim_model"
-     r"|embed_dim|attn_hidden_size|d_embed|word_embed_proj_dim|cross_attention_hidden_size)", 64),
-    (r"rotary_dim|qk_rope_head_dim", 8),
-    (r"num_hidden_layers|n_layers?|num_layers|(encoder|decoder)_layers|num_(en|de)coder_layers|num_blocks|depth"
-     r"|n_encoder_layers|num_mem_blocks", 2),
+    (r"qk_head_dim", 24),
+    (r"mamba_d_head|mamba_headdim", 32),
+    (r"mamba_d_ssm", 128),
+    (r"qk_rope_head_dim|rotary_dim", 8),
+    (r"head_dim|.*_head_dim|d_kv|kv_channels|mamba_head_dim", 16),
+    (
+        (
+            r"(hidden_size|d_model|n_embd|embedding_size|dim|width|hidden_dim|attention_hidden_size|dim_model"
+            r"|embed_dim|attn_hidden_size|d_embed|word_embed_proj_dim|cross_attention_hidden_size)"
+        ),
+        64,
+    ),
+    (
+        (
+            r"num_hidden_layers|n_layers?|num_layers|(encoder|decoder)_layers|num_(en|de)coder_layers|num_blocks|depth"
+            r"|n_encoder_layers|num_mem_blocks"
+        ),
+        2,
+    ),
+    (r"indexer_kv_heads", 1),
     (r".*num_key_value_heads|num_kv_heads|n_head_kv|.*num_key_heads|.*_kv_heads|multi_query_group_num", 2),
-    (r"(.*_)?(num_heads|n_heads?|num_attention_heads|attention_heads|num_value_heads|n_mamba_heads)"
-     r"|mamba_num_heads|linear_num_heads", 4),
-    (r"(moe|shared|expert|shared_expert|shared_experts)_(expert_)?(intermediate|ffn_hidden)_(size|dim)"
-     r"|.*expert.*(intermediate|hidden)_(size|dim)|moe_intermediate.*|expert_ffn_hidden_size", 32),
-    (r".*intermediate_size.*|ffn_hidden_size|(.*_)?ffn_dim|ffn_dim|d_inner|dim_ff|d_ff|n_inner|mlp_dim|inner_dim"
-     r"|intermediate_dim", 96),
+    (
+        (
+            r"(.*_)?(num_heads|n_heads?|num_attention_heads|attention_heads|num_value_heads|n_mamba_heads)"
+            r"|mamba_num_heads|linear_num_heads"
+        ),
+        4,
+    ),
+    (
+        (
+            r"(moe|shared|expert|shared_expert|shared_experts)_(expert_)?(intermediate|ffn_hidden)_(size|dim)"
+            r"|.*expert.*(intermediate|hidden)_(size|dim)|moe_intermediate.*|expert_ffn_hidden_size"
+        ),
+        32,
+    ),
+    (
+        (
+            r".*intermediate_size.*|ffn_hidden_size|(.*_)?ffn_dim|ffn_dim|d_inner|dim_ff|d_ff|n_inner|mlp_dim|inner_dim"
+            r"|intermediate_dim"
+        ),
+        96,
+    ),
     (r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|num_selected_experts|top_k", 2),
     (r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts", 8),
     (r"n_shared_experts|num_shared_experts|moe_num_shared_experts|topk_group", 1),
@@ -53,57 +111,68 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r".*chunk_size", 8),
     (r"mamba_n_groups|n_groups|mamba_ngroups", 2),
     (r"index_topk|.*_budget", 8),
-    (r"(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_target_positions|max_source_positions"
-     r"|model_max_length|seq_length|max_length|max_sequence_length)", 128),
+    (r"indexer_compress_ratio", 2),
+    (
+        (
+            r"(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_target_positions|max_source_positions"
+            r"|model_max_length|seq_length|max_length|max_sequence_length)"
+        ),
+        128,
+    ),
 )
 
 
-def tiny_model(model_type: str, *, without: str = "") -> nn.Module:
+# Fields that are None where a size is meant, not where a feature is absent.
+_NEEDED = (
+    r"head_dim|num_experts|n_routed_experts|n_shared_experts|num_experts_per_tok|top_k_experts|moe_intermediate_size|indexer_.*|n_group"
+    r"|topk_group"
+)
+
+
+def tiny_model(model_type: str, variant: Variant = VARIANTS[0]) -> nn.Module:
     """A random causal language model of that type, in eval mode, always the same one; eager attention.
 
-    Features whose field name matches `without` keep their default. Raises what the model's own code raises.
+    Raises what the model's own code raises.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = tiny_config(model_type, without=without)
+    model_class = AutoModelForCausalLM._model_mapping[CONFIG_MAPPING[model_type]]
+    config = tiny_config(model_class.config_class, variant)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = model_class._from_config(config, attn_implementation="eager")
         randomize(model)
     return model.eval()  # type: ignore[no-any-return]
 
 
-def tiny_config(model_type: str, *, without: str = "") -> Any:
-    """The shrunk configuration of an architecture."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    config_class = CONFIG_MAPPING[model_type]
-    return config_class(**_shrink(_defaults(config_class), without))
-
-
-def _defaults(config_class: Any) -> dict[str, Any]:
-    """The fields of a configuration with their default values."""
-    fields = config_class().to_dict()
+def tiny_config(config_class: Any, variant: Variant = VARIANTS[0]) -> Any:
+    """The shrunk configuration of a class of configurations."""
     unwanted = {"model_type", "transformers_version", "architectures", "dtype", "torch_dtype"}
-    return {name: value for name, value in fields.items() if name not in unwanted and not name.startswith("_")}
+    fields = {n: v for n, v in config_class().to_dict().items() if n not in unwanted and not n.startswith("_")}
+    return config_class(**_shrink(fields, variant))
 
 
-def _shrink(fields: Mapping[str, Any], without: str) -> dict[str, Any]:
+def _shrink(fields: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
     """New values of the fields of one configuration, nested ones included."""
     small: dict[str, Any] = {}
-    kept = _kept_layers(fields)
+    kept = _kept_layers(fields) * variant.times
     for name, value in fields.items():
-        if isinstance(value, dict) and ("model_type" in value or name.endswith("_config")):
-            small[name] = _shrink(value, without)
+        if isinstance(value, dict) and name == "per_layer_config":
+            small[name] = _per_layer(value, kept, variant)
+        elif isinstance(value, dict) and "model_type" in value:
+            small[name] = _shrink(value, variant)
+        elif isinstance(value, dict) and name.endswith("_config"):
+            small[name] = value | _shrink(value, variant)
         elif isinstance(value, list) and kept and len(value) == _depth(fields):
             small[name] = [value[i] for i in kept]
-        elif (new := _new_value(name, value, without)) is not None:
+        elif (new := _new_value(name, value, fields, variant)) is not None:
             small[name] = new
-        elif name in ("model_type", "layer_types"):
+        elif name == "model_type":
             small[name] = value
     if kept:
         small |= {name: len(kept) for name in _DEPTHS if name in fields}
-    return small | _special_tokens(fields) | _rotary(fields, without)
+    return small | _special_tokens(fields) | _rotary(fields, variant) | _related(fields, small, variant)
 
 
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -126,25 +195,51 @@ def _kept_layers(fields: Mapping[str, Any]) -> list[int]:
     return sorted(kept)
 
 
-def _new_value(name: str, value: Any, without: str) -> Any:
+def _per_layer(changes: Mapping[Any, Any], kept: list[int], variant: Variant) -> dict[int, Any]:
+    """What single layers have of their own, for the layers that are kept."""
+    by_layer = {int(layer): fields for layer, fields in changes.items()}
+    return {new: by_layer[old] | _shrink(by_layer[old], variant) for new, old in enumerate(kept) if old in by_layer}
+
+
+def _new_value(name: str, value: Any, fields: Mapping[str, Any], variant: Variant) -> Any:
     """The value a field gets in a tiny model; None keeps its default."""
+    if re.fullmatch(variant.without, name):
+        return None
     for pattern, new in _FEATURES:
-        if re.fullmatch(pattern, name) and not (without and re.fullmatch(without, name)):
+        if re.fullmatch(pattern, name):
             return new
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 1:
+    needed = value is None and re.fullmatch(_NEEDED, name)
+    if not needed and (not isinstance(value, int) or isinstance(value, bool) or value <= 1):
         return None
     return next((new for pattern, new in _SIZES if re.fullmatch(pattern, name)), None)
 
 
+def _related(fields: Mapping[str, Any], small: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
+    """Sizes that follow from others."""
+    related: dict[str, Any] = {}
+    if "qk_rope_head_dim" in fields:  # latent attention: all heads have keys of their own, one part of them rotated
+        related |= {"head_dim": small["qk_rope_head_dim"]} if "head_dim" in fields else {}
+    if "qk_rope_head_dim" in fields or not variant.grouped:
+        related |= dict.fromkeys((n for n in fields if n.endswith("num_key_value_heads")), 4)
+    if {"expand", "num_heads", "state_size"} <= set(fields):  # a state space: heads divide the expanded channels
+        related["num_heads"] = 64 * int(fields["expand"]) // 16
+    if fields.get("attention_hidden_size") == 2 * fields.get("hidden_size", 0):  # a block that sees two streams
+        related |= {"attention_hidden_size": 128, "attention_head_dim": 32}
+    if fields.get("num_kv_shared_layers") and "layer_types" in small:  # the last layers read what the first wrote
+        related["num_kv_shared_layers"] = len(small["layer_types"]) // 2
+    return related
+
+
 def _special_tokens(fields: Mapping[str, Any]) -> dict[str, int]:
     """Ids of special tokens that lie outside the small vocabulary move to its end."""
-    tokens = [n for n, v in fields.items() if n.endswith(("token_id", "token_index")) and isinstance(v, int) and v > 99]
-    return {name: 127 - i for i, name in enumerate(sorted(tokens))}
+    tokens = [n for n in fields if n.endswith(("token_id", "token_index"))]
+    outside = [n for n in tokens if not isinstance(fields[n], int) or fields[n] > 99]
+    return {name: 127 - i for i, name in enumerate(sorted(outside)) if fields[name] is not None}
 
 
-def _rotary(fields: Mapping[str, Any], without: str) -> dict[str, Any]:
-    """Rotate a part of the channels only, where the architecture can."""
-    if re.fullmatch(without or "x^", "partial_rotary_factor"):
+def _rotary(fields: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
+    """Rotate a part of the channels only, where the architecture can; latent attention does that by its own sizes."""
+    if re.fullmatch(variant.without, "partial_rotary_factor") or "qk_rope_head_dim" in fields:
         return {}
     small: dict[str, Any] = {}
     if isinstance(fields.get("partial_rotary_factor"), float):

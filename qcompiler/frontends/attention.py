@@ -66,11 +66,9 @@ class Window:
     def __and__(self, other: "Window") -> "Window | No":
         if self.chunk and other.chunk and self.chunk != other.chunk:
             return No(f"chunks of {self.chunk} and of {other.chunk}")
-        limits = [
-            min((side for side in sides if side >= 0), default=-1)
-            for sides in ((self.left, other.left), (self.right, other.right))
-        ]
-        return Window(*limits, self.chunk or other.chunk)
+        left = min((side for side in (self.left, other.left) if side >= 0), default=-1)
+        right = min((side for side in (self.right, other.right) if side >= 0), default=-1)
+        return Window(left, right, self.chunk or other.chunk)
 
     def sees(self, query: int, key: int, start: int = 0) -> bool:
         """Whether the query at one position sees the key at another; chunks are counted from `start`."""
@@ -99,11 +97,12 @@ def mask(
     function = mask_function or causal_mask_function
     window = recognize(function)
     plain = isinstance(q_offset, int) and isinstance(kv_offset, int) and q_offset == kv_offset == 0
-    if window and plain:
+    if isinstance(window, Window) and plain:
         like = attention_mask if attention_mask is not None else torch.zeros((), device=device)
         how = {"left": window.left, "right": window.right, "chunk": window.chunk}
-        return ops.qc.mask(like, attention_mask, q_length, kv_length, **how)  # type: ignore[no-any-return]
-    made: Tensor = sdpa_mask(
+        made: Tensor = ops.qc.mask(like, attention_mask, q_length, kv_length, **how)
+        return made
+    evaluated: Any = sdpa_mask(
         batch_size,
         q_length,
         kv_length,
@@ -115,7 +114,7 @@ def mask(
         allow_is_bidirectional_skip=False,
         device=device,
     )
-    return made
+    return evaluated
 
 
 def recognize(function: Callable[..., Any]) -> Window | No:
@@ -130,15 +129,21 @@ def recognize(function: Callable[..., Any]) -> Window | No:
     name = getattr(function, "__qualname__", "").removesuffix(".<locals>.inner_mask")
     cells = _closure(function)
     if name == "and_masks.<locals>.and_mask":
-        window: Window | No = Window()
-        for part in cells["mask_functions"]:
-            other = recognize(part)
-            if not window or not other:
-                return other
-            window = window & other
-        return window
+        return _all_of([recognize(part) for part in cells["mask_functions"]])
     guess = _guess(name, cells)
-    return guess and (guess if _agree(function, cells, guess) else No(f"{name} is not what its name says"))
+    if isinstance(guess, Window) and not _agree(function, cells, guess):
+        return No(f"{name} is not what its name says")
+    return guess
+
+
+def _all_of(parts: list[Window | No]) -> Window | No:
+    """The window that lies in all of them, or the first refusal."""
+    window: Window | No = Window()
+    for part in parts:
+        if isinstance(part, No) or isinstance(window, No):
+            return part if isinstance(part, No) else window
+        window = window & part
+    return window
 
 
 def _guess(name: str, cells: dict[str, Any]) -> Window | No:
@@ -153,12 +158,7 @@ def _guess(name: str, cells: dict[str, Any]) -> Window | No:
         return Window(left=cells["sliding_window"], right=cells["sliding_window"])
     if name == "chunked_overlay" and isinstance(cells.get("chunk_size"), int):
         return Window(chunk=cells["chunk_size"])
-    return No(f"the mask function {name or function_text(cells)} is no window")
-
-
-def function_text(cells: dict[str, Any]) -> str:
-    """A nameless mask function, by what it closes over."""
-    return f"over {sorted(cells)}"
+    return No(f'the mask function "{name}" is no window')
 
 
 def _closure(function: Callable[..., Any]) -> dict[str, Any]:
@@ -178,16 +178,16 @@ def _agree(function: Callable[..., Any], cells: dict[str, Any], window: Window) 
     near = sorted({q for e in (0, edge, 2 * edge, 3 * edge) for q in range(e - 2, e + 3) if q >= start})
     try:
         return all(bool(asked(0, 0, q, k)) == window.sees(q, k, start) for q in near for k in near)
-    except Exception:  # it wants tensors, so it is not the function that we know
+    except Exception:  # noqa: BLE001  it wants tensors, so it is not the function that we know
         return False
 
 
 def _with_start(function: Callable[..., Any], cells: dict[str, Any], start: int) -> Callable[..., Any]:
     """The same function whose left padding, a tensor of the model's inputs, is the number `start`."""
     values = {**cells, "left_padding": [start]}
-    code = function.__code__  # type: ignore[attr-defined]
+    code = function.__code__
     closure = tuple(types.CellType(values[name]) for name in code.co_freevars)
-    return types.FunctionType(code, function.__globals__, closure=closure)  # type: ignore[attr-defined]
+    return types.FunctionType(code, function.__globals__, closure=closure)
 
 
 @contextmanager
@@ -220,7 +220,7 @@ def implementation(model: nn.Module, name: str | None) -> Iterator[None]:
 def _configs(model: nn.Module) -> Iterator[Any]:
     """Every configuration object that a module of `model` holds, and those inside them, once each."""
     seen: set[int] = set()
-    waiting = [getattr(module, "config", None) for module in model.modules()]
+    waiting: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     while waiting:
         config = waiting.pop()
         if id(config) in seen or not hasattr(config, "_attn_implementation_internal"):

@@ -6,6 +6,7 @@ the program computes what the module does is for `verification` to find out.
 
 import logging
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -61,11 +62,13 @@ def export(
     call: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
     *,
     defaults: Mapping[str, str] | None = None,
+    limits: Mapping[str, int] | None = None,
 ) -> Program:
     """Export `call(inputs)`, which runs `module` (in eval mode) and names its outputs, as a Program.
 
     `inputs` are example tensors by name; `sizes` names their dynamic dimensions (equal names are equal sizes), the
-    others are fixed. `defaults` are the Input defaults. Raises CaptureError where the module cannot be exported.
+    others are fixed. `defaults` are the Input defaults, `limits` the largest dynamic sizes, where there are any.
+    Raises CaptureError where the module cannot be exported.
     """
     ops.load()
     outputs: list[str] = []
@@ -75,20 +78,56 @@ def export(
         outputs[:] = found
         return tuple(found.values())
 
-    dims = {
-        name: Dim(name, min=1) for name in sorted({n for named in sizes.values() for n in named.values()})
-    }
-    shapes = tuple({d: dims[n] for d, n in sizes.get(name, {}).items()} or None for name in inputs)
-    try:
-        with torch.no_grad(), evaluating(module), _quiet():
-            exported = torch.export.export(
-                _Call(module, flat), tuple(inputs.values()), dynamic_shapes={"inputs": shapes}, strict=False
-            )
-            if _changes_tensors(exported.graph_module):
-                exported = exported.run_decompositions({})
-    except Exception as error:  # a stranger's module may raise anything while it is traced
-        raise CaptureError(f"torch.export cannot trace this module: {first_line(error)}") from error
+    root = _Call(module, flat)
+    ranges = {name: {"min": 1, "max": limit} for name, limit in (limits or {}).items() if limit}
+    with torch.no_grad(), evaluating(module), _quiet():
+        try:
+            exported = _trace(root, inputs, sizes, ranges)
+        except Exception as error:  # noqa: BLE001  a stranger's module may raise anything while it is traced
+            exported = _trace_again(root, inputs, sizes, ranges, error)
     return _Lifter(exported, list(inputs), outputs, sizes, defaults or {}).program()
+
+
+def _trace(
+    root: nn.Module,
+    inputs: Mapping[str, Tensor],
+    sizes: Sizes,
+    ranges: Mapping[str, Any],
+    *,
+    defer: bool = False,
+) -> ExportedProgram:
+    """Export with the named dynamic sizes within their ranges, to a graph where no node writes to its arguments."""
+    dims = {name: Dim(name, **ranges.get(name, {})) for named in sizes.values() for name in named.values()}
+    exported = torch.export.export(
+        root,
+        tuple(inputs.values()),
+        dynamic_shapes={"inputs": tuple({d: dims[n] for d, n in sizes.get(i, {}).items()} or None for i in inputs)},
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=defer,
+    )
+    return exported.run_decompositions({}) if _changes_tensors(exported.graph_module) else exported
+
+
+def _trace_again(
+    root: nn.Module, inputs: Mapping[str, Tensor], sizes: Sizes, ranges: Mapping[str, Any], error: Exception
+) -> ExportedProgram:
+    """A second try for a module whose conditions on sizes export could not prove, within the ranges it suggests.
+
+    The conditions become checks in the graph, which the lifter drops: whether they hold is verified on data. A size
+    that became a constant, or must not be short, has no second try.
+    """
+    text = str(error)
+    narrowed = {
+        name: {key: int(value) for key, value in re.findall(r"(min|max)=(\d+)", limits)}
+        for name, limits in re.findall(r"^  (\w+) = Dim\('\w+', (.*)\)$", text, re.MULTILINE)
+    }
+    short = all(limits.get("min", 1) <= 2 for limits in narrowed.values())
+    if "Constraints violated" in text and "specialized" not in text and short:
+        try:
+            return _trace(root, inputs, sizes, {**ranges, **narrowed}, defer=True)
+        except Exception as again:  # noqa: BLE001  as above
+            error = again
+    raise CaptureError(f"torch.export cannot trace this module: {first_line(error)}") from error
 
 
 def check_weights(model: nn.Module) -> None:
@@ -116,9 +155,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Export's own log of a failed attempt is not the user's to read; our error says it in a sentence."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")
-    ]
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
     levels = [log.level for log in loggers]
     for log in loggers:
         log.setLevel(logging.CRITICAL)
@@ -130,7 +167,7 @@ def _quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and the start of its text: a line, and the next where that lists what the first announces."""
+    """The kind of an error and its first line, with the next where that says what the first announces."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[: 2 if lines and "Constraints violated" in lines[0] else 1])
     return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
@@ -250,7 +287,7 @@ class _Lifter:
             return None
         if name not in self.named:
             place = next(n for n in self.graph.nodes if n.op == "placeholder" and n.target == first.name)
-            made = self.graph.call_function(node.target, (place, first.type.shape.index(name)))
+            made = self.graph.call_function(torch.ops.aten.sym_size.int, (place, first.type.shape.index(name)))
             made.meta = {"type": None, "path": ""}
             self.named[name] = made
         return self.named[name]
@@ -258,13 +295,9 @@ class _Lifter:
     def _inline(self, node: fx.Node, at: int, env: dict[fx.Node, Any]) -> tuple[Any, ...]:
         """The results of a wrapped subgraph: under no_grad it means what its body means."""
         if "autocast" in str(node.target) and node.args[2]:
-            raise CaptureError(
-                f'"{node.name}" runs under autocast, whose casts are not in the graph; turn it off'
-            )
+            raise CaptureError(f'"{node.name}" runs under autocast, whose casts are not in the graph; turn it off')
         body = env[node.args[at]]  # type: ignore[index]
-        inner = dict(
-            zip(body.graph.find_nodes(op="placeholder"), self._value(node.args[at + 1 :], env), strict=True)
-        )
+        inner = dict(zip(body.graph.find_nodes(op="placeholder"), self._value(node.args[at + 1 :], env), strict=True))
         self._copy(body, inner)
         results = self._value(body.graph.output_node().args[0], inner)
         return tuple(results)
@@ -294,11 +327,9 @@ class _Lifter:
     def _outputs(self, env: dict[fx.Node, Any]) -> tuple[Any, ...]:
         specs = self.exported.graph_signature.output_specs
         if changed := [s.target for s in specs if s.kind != OutputKind.USER_OUTPUT]:
-            raise CaptureError(
-                f'the module writes to "{changed[0]}" when it runs; a program has no state of its own'
-            )
+            raise CaptureError(f'the module writes to "{changed[0]}" when it runs; a program has no state of its own')
         values = self.exported.graph.output_node().args[0]
-        return tuple(self._value(value, env) for value in values)  # type: ignore[union-attr]
+        return tuple(self._value(value, env) for value in values)
 
 
 def _canonical_names(exported: ExportedProgram) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompiler import ops
 from qcompiler.errors import CaptureError, InputError, No
 from qcompiler.frontends import attention
 from qcompiler.frontends.exporting import Sizes, check_weights, evaluating, export, first_line
@@ -105,19 +106,31 @@ def capture_model(model: nn.Module, example_inputs: Any = None) -> Program:
     check_weights(model)
     sizes = Lengths.of(model)
     refused: list[str] = []
+    bypassed = False
     with evaluating(model):
         for way in _ways(model):
+            if bypassed and way.attention == attention.NAME:
+                continue
             try:
                 program = _export(model, way, sizes.traced)
             except CaptureError as error:
                 refused.append(f"{way}: {error}")
                 continue
-            answer = verify(program, lambda given: _call(model, given), _cases(program, model, sizes))
+            if way.attention == attention.NAME and _is_bypassed(program):
+                bypassed = True
+                refused.append(f"{way}: the model's attention does not go through it")
+                continue
+            answer = verify(program, lambda given: call(model, given), cases(program, model, sizes))
             if not isinstance(answer, No):
                 program.info = _info(model, way, answer)
                 return program
             refused.append(f"{way}: {answer}")
     raise CaptureError(f"{type(model).__name__} could not be captured. " + ". ".join(refused))
+
+
+def _is_bypassed(program: Program) -> bool:
+    """Whether a mask was made for the attention interface but goes to some attention of the model's own."""
+    return any(program.calls(ops.qc.mask)) and not any(program.calls(ops.qc.attention))
 
 
 @dataclass(frozen=True)
@@ -131,8 +144,8 @@ class Lengths:
     @classmethod
     def of(cls, model: nn.Module) -> "Lengths":
         """Longer than every window of up to 64 that the configuration names, within the model's positions."""
-        windows = [size for size in _windows(model.config.to_dict()) if size <= 64]
-        limit = _max_positions(model.config) or sys.maxsize
+        windows = [size for size in _windows(_config(model).to_dict()) if size <= 64]
+        limit = _max_positions(_config(model)) or sys.maxsize
         traced = min(max(windows, default=0) + 11, limit - 1)
         return cls(traced, min(5, limit), min(traced + 8, limit))
 
@@ -168,10 +181,17 @@ def _export(model: nn.Module, way: Way, length: int) -> Program:
     inputs = {name: value for name, value in inputs.items() if name in _parameters(model)}
     sizes: Sizes = {name: {0: "batch", 1: "sequence"} for name in inputs}
     with attention.implementation(model, way.attention):
-        return export(model, inputs, sizes, lambda given: _call(model, given), defaults=_DEFAULTS)
+        return export(
+            model,
+            inputs,
+            sizes,
+            lambda given: call(model, given),
+            defaults=_DEFAULTS,
+            limits={"sequence": _max_positions(_config(model)) or 0},
+        )
 
 
-def _call(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def call(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The model's tensors by name; of a language model the logits alone."""
     fixed = {"use_cache": False, "return_dict": True}
     known = _parameters(model)
@@ -183,7 +203,7 @@ def _call(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"logits": tensors["logits"]} if "logits" in tensors else tensors
 
 
-def _cases(program: Program, model: nn.Module, sizes: Lengths) -> Iterator[Case]:
+def cases(program: Program, model: nn.Module, sizes: Lengths) -> Iterator[Case]:
     """Other sizes than were traced: the defaults alone; padding on the left; padding on the right and positions."""
     known = {spec.name for spec in program.inputs}
     yield Case(f"1 sequence of {sizes.short}", {"input_ids": _ids(model, 1, sizes.short)})
@@ -208,7 +228,7 @@ def _real(batch: int, length: int, side: str) -> Tensor:
 
 def _ids(model: nn.Module, batch: int, length: int) -> Tensor:
     """The same pseudo-random token ids each time, without touching anybody's random state; special ones left out."""
-    config = _text_config(model.config)
+    config = _text_config(_config(model))
     seeded = torch.Generator().manual_seed(batch * 1000 + length)
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
     ids = torch.randint(0, config.vocab_size, (batch, length), generator=seeded)
@@ -217,6 +237,10 @@ def _ids(model: nn.Module, batch: int, length: int) -> Tensor:
         if isinstance(token, int):
             ids = ids.masked_fill(ids == token, usable)
     return ids.to(next(model.parameters()).device)
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
 
 
 def _text_config(config: Any) -> Any:
@@ -230,17 +254,17 @@ def _max_positions(config: Any) -> int | None:
 
 
 def _info(model: nn.Module, way: Way, error: float) -> dict[str, Any]:
-    config = _text_config(model.config)
+    config = _text_config(_config(model))
     generation = getattr(model, "generation_config", None) or config
     eos = getattr(generation, "eos_token_id", None)
     return {
         "frontend": "huggingface",
         "architecture": type(model).__name__,
-        "model_type": model.config.model_type,
+        "model_type": _config(model).model_type,
         "way": str(way),
         "error": error,
         "vocab_size": config.vocab_size,
-        "max_positions": _max_positions(model.config),
+        "max_positions": _max_positions(_config(model)),
         "bos": getattr(generation, "bos_token_id", None),
         "eos": eos if isinstance(eos, list) else [eos] if eos is not None else [],
         "pad": getattr(generation, "pad_token_id", None),

@@ -34,15 +34,13 @@ def tolerance(dtype: torch.dtype) -> float:
     return max(1e-4, 8 * torch.finfo(dtype).eps) if dtype.is_floating_point else 0.0
 
 
-def verify(
-    program: Program, original: Callable[[Mapping[str, Tensor]], Outputs], cases: Iterable[Case]
-) -> float | No:
+def verify(program: Program, original: Callable[[Mapping[str, Tensor]], Outputs], cases: Iterable[Case]) -> float | No:
     """The largest relative error over all cases, or a No that says which case differs and by how much."""
     worst = 0.0
     for case in cases:
         try:
             got = program(**case.inputs)
-        except Exception as error:  # the graph may fail anywhere at a size it was wrongly specialised to
+        except Exception as error:  # noqa: BLE001  the graph may fail anywhere at a size it was wrongly specialised to
             return No(f"the capture fails with {case.name}: {type(error).__name__}: {str(error)[:200]}")
         expected = original(case.inputs)
         for name, reference in expected.items():
