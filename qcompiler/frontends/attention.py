@@ -114,6 +114,7 @@ def mask(
         allow_is_bidirectional_skip=False,
         device=device,
     )
+    assert isinstance(evaluated, Tensor)
     return evaluated
 
 

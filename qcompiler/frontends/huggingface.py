@@ -37,6 +37,11 @@ class Way:
         how = own.get(self.attention, f"{self.attention} attention")
         return f"{how}, {'explicit' if self.positions else 'implicit'} positions"
 
+    def seen_in(self, program: Program) -> str:
+        """The same in words, where the interface was offered but the model has no attention that asks for it."""
+        asked = self.attention != attention.NAME or any(program.calls(ops.qc.attention))
+        return str(self if asked else Way(None, self.positions))
+
 
 def accepts(source: Any) -> bool | No:
     """True for a folder that holds a config.json, and for a loaded transformers model."""
@@ -122,7 +127,7 @@ def capture_model(model: nn.Module, example_inputs: Any = None) -> Program:
                 continue
             answer = verify(program, lambda given: call(model, given), cases(program, model, sizes))
             if not isinstance(answer, No):
-                program.info = _info(model, way, answer)
+                program.info = _info(model, way.seen_in(program), answer)
                 return program
             refused.append(f"{way}: {answer}")
     raise CaptureError(f"{type(model).__name__} could not be captured. " + ". ".join(refused))
@@ -253,7 +258,7 @@ def _max_positions(config: Any) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def _info(model: nn.Module, way: Way, error: float) -> dict[str, Any]:
+def _info(model: nn.Module, way: str, error: float) -> dict[str, Any]:
     config = _text_config(_config(model))
     generation = getattr(model, "generation_config", None) or config
     eos = getattr(generation, "eos_token_id", None)
@@ -261,7 +266,7 @@ def _info(model: nn.Module, way: Way, error: float) -> dict[str, Any]:
         "frontend": "huggingface",
         "architecture": type(model).__name__,
         "model_type": _config(model).model_type,
-        "way": str(way),
+        "way": way,
         "error": error,
         "vocab_size": config.vocab_size,
         "max_positions": _max_positions(_config(model)),
