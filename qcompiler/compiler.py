@@ -89,8 +89,8 @@ def compile(
             runner.run(program, rest)
     with _stage(report, "lower"):
         placement = place(program, backends)
-        files = Path(tempfile.mkdtemp(prefix="qcompiler-"))
-        lowered = placement.backend.lower(program, files)
+        files = scratch_folder()
+        lowered = placement.backend.lower(program, Path(files.name))
     for refusal in placement.refusals:
         report.refuse(refusal)
     _finish(report, program, placement.backend)
@@ -128,15 +128,17 @@ def load(folder: str | Path, backend: str | None = None) -> Session:
     saved = artifact.load(Path(folder))
     name = backend or str(saved.manifest["backend"])
     chosen = _backends(name)[0]
-    same = name == saved.manifest["backend"]
-    files = Path(folder)
-    if same:
-        runner = chosen.load(saved.program, files)
-    else:
-        placement = place(saved.program, [chosen])
-        files = Path(tempfile.mkdtemp(prefix="qcompiler-"))
-        runner = placement.backend.lower(saved.program, files)
-    return Session(saved.program, runner, saved.report, artifact.tokenizer(Path(folder)), files)
+    tokenizer = artifact.tokenizer(Path(folder))
+    if name == saved.manifest["backend"]:
+        return Session(saved.program, chosen.load(saved.program, Path(folder)), saved.report, tokenizer, Path(folder))
+    files = scratch_folder()
+    runner = place(saved.program, [chosen]).backend.lower(saved.program, Path(files.name))
+    return Session(saved.program, runner, saved.report, tokenizer, files)
+
+
+def scratch_folder() -> "tempfile.TemporaryDirectory[str]":
+    """A temporary folder for a backend's files; it goes when the session that holds it does."""
+    return tempfile.TemporaryDirectory(prefix="qcompiler-", ignore_cleanup_errors=True)
 
 
 def tokenizer_of(program: Program) -> Any:

@@ -1,5 +1,6 @@
 """Session: a compiled model, ready to run: logits, text, report, save."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -19,7 +20,8 @@ OnToken = Callable[[int, str], None]
 class Session:
     """A compiled model: call it for logits, `generate` for text, `save` it as a folder.
 
-    `program` is what was compiled, `runner` what runs it, `report` what happened.
+    `program` is what was compiled, `runner` what runs it, `report` what happened, `folder` where the backend's files
+    are (a temporary folder until it is saved).
     """
 
     def __init__(
@@ -28,13 +30,14 @@ class Session:
         runner: Runner,
         report: Report,
         tokenizer: Any = None,
-        files: Path | None = None,
+        files: "Path | tempfile.TemporaryDirectory[str] | None" = None,
     ) -> None:
         self.program = program
         self.runner = runner
         self.report = report
         self.tokenizer = tokenizer
-        self._files = files
+        self._scratch = files  # a temporary folder lives as long as the session
+        self.folder = Path(files.name) if isinstance(files, tempfile.TemporaryDirectory) else files
 
     def __call__(self, input_ids: Tensor | None = None, **inputs: Tensor) -> Tensor:
         """The first output (the logits [batch, sequence, vocabulary] of a language model) for the given inputs."""
@@ -107,7 +110,7 @@ class Session:
             self.report,
             recipe=self.report.recipe,
             backend=self.report.backend,
-            files=self._files,
+            files=self.folder,
             tokenizer=self.tokenizer,
         )
 
