@@ -1,9 +1,9 @@
 """fuse: linear layers that read the same value become one, followed by a split."""
 
 import operator
-import os.path
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +45,7 @@ def groups(program: Program) -> list[list[fx.Node]]:
     for node in program.calls(aten.linear.default, qc.linear):
         name = weight_name(node)
         if name:
-            # Siblings are told apart by one word of their name: the last but one, `q_proj` in `self_attn.q_proj.weight`.
+            # Siblings are told apart by the last word but one, `q_proj` in `self_attn.q_proj.weight`.
             words = name.split(".")
             found.setdefault((node.args[0], *words[:-2], words[-1]), []).append(node)
     return [nodes for nodes in found.values() if len(nodes) > 1]
@@ -190,11 +190,17 @@ def joined_name(names: Sequence[str]) -> str:
     return ".".join(joined_word(words) for words in zip(*rows, strict=True))
 
 
+def _common_ending(words: Sequence[str]) -> str:
+    """The letters that all words end in."""
+    backwards = zip(*(word[::-1] for word in words), strict=False)
+    return "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, backwards))[::-1]
+
+
 def joined_word(words: Sequence[str]) -> str:
     """The words in one: what they end in alike is written once."""
     if len(set(words)) == 1:
         return words[0]
-    alike = os.path.commonprefix([word[::-1] for word in words])[::-1]
+    alike = _common_ending(words)
     ending = alike[alike.index("_") :] if "_" in alike else ""
     stems = [word.removesuffix(ending) for word in words]
     return ("" if all(len(stem) == 1 for stem in stems) else "_").join(stems) + ending

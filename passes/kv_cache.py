@@ -3,12 +3,12 @@
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
-from qcompiler.errors import PassError
+from qcompiler.errors import No
 from qcompiler.ops import qc
 from qcompiler.passes.positions import along, is_pointwise, may_cache, named_arguments
 from qcompiler.pipeline import Context, Contract, Pass
@@ -25,8 +25,8 @@ class KvCache(Pass):
     `present_value_<i>`, and an input `logits_positions` [kept]: the new positions whose logits are wanted.
     Prefill and decode are then the same program.
 
-    Raises PassError if another operation than attention looks across positions: the program could then not go on
-    from caches alone.
+    A program in which another operation than attention looks across positions could not go on from caches alone:
+    it is refused, and stays as it is.
     """
 
     name: ClassVar[str] = "kv_cache"
@@ -38,10 +38,9 @@ class KvCache(Pass):
             return
         attentions = list(program.calls(qc.attention))
         answer = may_cache(program, attentions)
-        if not answer:
-            raise PassError(
-                f"the model cannot continue from a cache: {answer}; leave kv_cache out of the recipe"
-            )
+        if isinstance(answer, No):
+            ctx.refuse(No(f"the model cannot continue from a cache: {answer.reason}", answer.where))
+            return
         for index, node in enumerate(attentions):
             ctx.node = node
             add_cache(program, index, node)
@@ -59,9 +58,7 @@ def add_cache(program: Program, index: int, node: fx.Node) -> None:
         word = {"k": "key", "v": "value"}[part]
         past = Type((*kind.shape[:2], "past", kind.shape[3]), kind.dtype)
         pasts.append(add_input(program, Input(f"past_{word}_{index}", past, "empty")))
-        presents.append(
-            (f"present_{word}_{index}", Type((*kind.shape[:2], "total", kind.shape[3]), kind.dtype))
-        )
+        presents.append((f"present_{word}_{index}", Type((*kind.shape[:2], "total", kind.shape[3]), kind.dtype)))
     args = [given.pop(name) for name in ("q", "k", "v")]
     extra = [given.pop(name) for name in ("mask", "padding", "bias", "sinks")]
     types = (node.meta["type"], *(kind for _, kind in presents))

@@ -177,20 +177,53 @@ def slicing(node: fx.Node) -> Answer:
 MIXERS: dict[str, Check] = {
     **{
         f"aten.{name}": over("dim")
-        for name in (
-            "softmax _softmax log_softmax _log_softmax logsumexp cumsum cumprod cummax cummin logcumsumexp sum mean "
-            "prod amax amin max min std var var_mean any all argmax argmin norm linalg_vector_norm sort topk select "
-            "index_select narrow split split_with_sizes chunk unbind cat stack diff glu"
-        ).split()
+        for name in [
+            "softmax",
+            "_softmax",
+            "log_softmax",
+            "_log_softmax",
+            "logsumexp",
+            "cumsum",
+            "cumprod",
+            "cummax",
+            "cummin",
+            "logcumsumexp",
+            "sum",
+            "mean",
+            "prod",
+            "amax",
+            "amin",
+            "max",
+            "min",
+            "std",
+            "var",
+            "var_mean",
+            "any",
+            "all",
+            "argmax",
+            "argmin",
+            "norm",
+            "linalg_vector_norm",
+            "sort",
+            "topk",
+            "select",
+            "index_select",
+            "narrow",
+            "split",
+            "split_with_sizes",
+            "chunk",
+            "unbind",
+            "cat",
+            "stack",
+            "diff",
+            "glu",
+        ]
     },
     **{f"aten.{name}": over("dims") for name in ("flip", "roll")},
     **{f"aten._fft_{name}": over("dim") for name in ("r2c", "c2c", "c2r")},
     **{f"aten.{name}": normalization for name in ("layer_norm", "rms_norm", "native_layer_norm")},
     **{f"aten.{name}": contraction for name in ("matmul", "mm", "bmm")},
-    **{
-        f"aten.{name}": convolution
-        for name in ("conv1d", "conv2d", "convolution", "conv_transpose1d", "unfold")
-    },
+    **{f"aten.{name}": convolution for name in ("conv1d", "conv2d", "convolution", "conv_transpose1d", "unfold")},
     **{f"aten.{name}": padding for name in ("constant_pad_nd", "pad")},
     **{f"aten.{name}": trailing(2) for name in ("triu", "tril", "scaled_dot_product_attention")},
     "aten.linear": trailing(1),

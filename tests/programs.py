@@ -114,9 +114,7 @@ def tiny_llama(
         return sk.call(aten.rms_norm.default, value, [width], weight, 1e-5, to=shape)
 
     def split_heads(value: fx.Node, count: int, normed: str) -> fx.Node:
-        value = sk.call(
-            aten.view.default, value, [batch, sequence, count, head_dim], to=(*BS, count, head_dim)
-        )
+        value = sk.call(aten.view.default, value, [batch, sequence, count, head_dim], to=(*BS, count, head_dim))
         if normed:
             value = norm(value, normed, head_dim, (*BS, count, head_dim))
         return sk.call(aten.transpose.int, value, 1, 2, to=("batch", count, "sequence", head_dim))
@@ -188,9 +186,7 @@ def tiny_encoder(hidden: int = 32, heads: int = 4, vocabulary: int = 50, seed: i
             to=shape,
         )
 
-    words = sk.call(
-        aten.embedding.default, sk.parameter("words.weight", vocabulary, hidden, spread=1.0), ids, to=shape
-    )
+    words = sk.call(aten.embedding.default, sk.parameter("words.weight", vocabulary, hidden, spread=1.0), ids, to=shape)
     places = sk.call(aten.arange.default, sequence, to=("sequence",), dtype=torch.int64)
     placed = sk.call(
         aten.embedding.default,
@@ -204,14 +200,10 @@ def tiny_encoder(hidden: int = 32, heads: int = 4, vocabulary: int = 50, seed: i
         part = linear(x, f"attention.{name}", hidden, hidden)
         part = sk.call(aten.view.default, part, [batch, sequence, heads, width], to=(*BS, heads, width))
         parts.append(sk.call(aten.transpose.int, part, 1, 2, to=("batch", heads, "sequence", width)))
-    y = sk.call(
-        qc.attention, *parts, None, mask, to=("batch", heads, "sequence", width), scale=default_scale(width)
-    )
+    y = sk.call(qc.attention, *parts, None, mask, to=("batch", heads, "sequence", width), scale=default_scale(width))
     y = sk.call(aten.transpose.int, y, 1, 2, to=(*BS, heads, width))
     y = sk.call(aten.reshape.default, y, [batch, sequence, hidden], to=shape)
-    x = norm(
-        sk.call(aten.add.Tensor, linear(y, "attention.o", hidden, hidden), x, to=shape), "attention.norm"
-    )
+    x = norm(sk.call(aten.add.Tensor, linear(y, "attention.o", hidden, hidden), x, to=shape), "attention.norm")
     h = sk.call(aten.gelu.default, linear(x, "mlp.up", 4 * hidden, hidden), to=(*BS, 4 * hidden))
     x = norm(sk.call(aten.add.Tensor, linear(h, "mlp.down", hidden, 4 * hidden), x, to=shape), "mlp.norm")
     halves = sk.call(aten.chunk.default, x, 2, -1, to=(*BS, hidden // 2))

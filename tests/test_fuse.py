@@ -43,9 +43,7 @@ def test_float_siblings_fuse(bias: bool) -> None:
 def test_quantized_siblings_fuse_without_touching_a_code(scheme: str) -> None:
     program = tiny_llama()
     quantize(program, scheme)
-    rows = torch.cat(
-        [program.qtensor(f"model.layers.0.self_attn.{n}_proj.weight").dequantize() for n in "qkv"]
-    )
+    rows = torch.cat([program.qtensor(f"model.layers.0.self_attn.{n}_proj.weight").dequantize() for n in "qkv"])
     before = program(input_ids=IDS)["logits"]
     fused(program)
     assert torch.equal(program.qtensor("model.layers.0.self_attn.qkv_proj.weight").dequantize(), rows)

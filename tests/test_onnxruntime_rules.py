@@ -15,7 +15,7 @@ from qcompiler.target import refusals_of
 
 pytest.importorskip("onnxruntime")
 
-from qcompiler.backends.onnxruntime import OnnxRuntime  # noqa: E402
+from qcompiler.backends.onnxruntime import OnnxRuntime
 
 BACKEND = OnnxRuntime(accuracy_level=0, threads=1)
 Function = Callable[..., Any]
@@ -64,7 +64,9 @@ def check(*functions: Function) -> None:
         found, expected = runner(inputs), module(**inputs)
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value.detach(), rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found[name], value.detach(), rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 POINTWISE = [torch.abs, torch.neg, torch.exp, torch.sin, torch.cos, torch.tan, torch.tanh, torch.sigmoid, torch.relu]
@@ -93,7 +95,7 @@ def test_functions_with_options() -> None:
         lambda m, x, i: i.clamp(2, 5),
         lambda m, x, i: F.dropout(x, 0.5, training=False),
         lambda m, x, i: x**2 + x**3 + x.abs() ** 0.5 + x.abs() ** 1.7,
-        lambda m, x, i: 2.0 ** x,
+        lambda m, x, i: 2.0**x,
     )
 
 

@@ -13,7 +13,8 @@ from qcompiler.program import Type
 def rope(low: Lowering, out: Type, x: ir.Value, cos: ir.Value, sin: ir.Value, interleaved: bool = False) -> ir.Value:
     """Rotate channel pairs of x [batch, heads, sequence, d] by angles [batch or 1, sequence, r / 2]."""
     half, width = sizes_of(cos)[-1], out.shape[-1]
-    assert isinstance(half, int) and isinstance(width, int)
+    assert isinstance(half, int)
+    assert isinstance(width, int)
     cos, sin = (low.op("Unsqueeze", low.cast(angle, out.dtype), [1]) for angle in (cos, sin))
     rest = None
     if 2 * half < width:
@@ -122,7 +123,8 @@ def grouped(low: Lowering, q: ir.Value, x: ir.Value) -> ir.Value:
     heads, own = sizes_of(q)[1], sizes_of(x)[1]
     if heads == own:
         return x
-    assert isinstance(heads, int) and isinstance(own, int)
+    assert isinstance(heads, int)
+    assert isinstance(own, int)
     wide = low.op("Tile", low.op("Unsqueeze", x, [2]), [1, 1, heads // own, 1, 1])
     kind = Type((sizes_of(x)[0], heads, *sizes_of(x)[2:]), dtype_of(x))
     shape = low.shape([low.size(x, 0), heads, -1, sizes_of(x)[3]])

@@ -1,6 +1,7 @@
 """Cached attention as ONNX Runtime's GroupQueryAttention: rotary positions and cache update inside the operator."""
 
 import operator
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -19,7 +20,7 @@ UNIT = 8  # the operator wants head sizes and rotary widths in these units
 
 def group_query(low: Lowering, node: fx.Node) -> bool | No:
     """A causal `qc.cached_attention` with what it needs around it, or the reason why it stays apart."""
-    q, k, v, past_k, past_v, given_mask, padding, bias, sinks, scale, left, right, chunk, cap = schema_arguments(node)
+    q, k, v, past_k, past_v, _, _, _, sinks, scale, left, _, _, cap = schema_arguments(node)
     answer = fits(low, node)
     if not answer:
         return answer
@@ -31,10 +32,7 @@ def group_query(low: Lowering, node: fx.Node) -> bool | No:
     if turned is not None:
         q, k = q.args[0], k.args[0]
     packed = packed_source(q, k, v)
-    if packed is not None:
-        inputs = [low.value(packed), None, None]
-    else:
-        inputs = [heads_last(low, x) for x in (q, k, v)]
+    inputs = [low.value(packed), None, None] if packed else [heads_last(low, x) for x in (q, k, v)]
     total = low.input(LENGTHS[1], Type((), torch.int32))
     attended, *present = low.contrib(
         "GroupQueryAttention",
@@ -107,7 +105,7 @@ def rotary(low: Lowering, q: fx.Node, k: fx.Node) -> tuple[ir.Value, ir.Value] |
             return table
         if table.shape[1] % UNIT:
             return No(f"{table.shape[1]} rotary pairs are not a multiple of {UNIT}, so the rotation stays apart")
-        stored = Stored(tuple(table.shape), table.dtype, lambda table=table: table, f"{angle.name}:table")
+        stored = Stored(tuple(table.shape), table.dtype, partial(torch.clone, table), f"{angle.name}:table")
         tables.append(low.graph.store(f"{angle.name}.table", stored))
     return tables[0], tables[1]
 

@@ -83,7 +83,8 @@ def bitwise(kind: str) -> Rule:
 
 def rsub(low: Lowering, out: Type, a: Any, b: Any, alpha: Any = 1) -> ir.Value:
     """b - alpha * a."""
-    return scaled("Sub")(low, out, b, a, alpha)
+    difference: ir.Value = scaled("Sub")(low, out, b, a, alpha)
+    return difference
 
 
 def divide(low: Lowering, out: Type, a: Any, b: Any, rounding: str | None = None) -> ir.Value:
@@ -304,7 +305,16 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         [
             f"aten.{name}"
-            for name in ["alias", "clone", "contiguous", "detach", "detach_", "lift_fresh", "lift_fresh_copy", "positive"]
+            for name in [
+                "alias",
+                "clone",
+                "contiguous",
+                "detach",
+                "detach_",
+                "lift_fresh",
+                "lift_fresh_copy",
+                "positive",
+            ]
         ],
         same,
     ),

@@ -171,7 +171,8 @@ class Lowering:
         if all(isinstance(size, int) for size in sizes):
             return self.graph.constant(list(sizes), torch.int64)
         parts = [
-            self.op("Reshape", size, [1]) if isinstance(size, ir.Value) else self.graph.constant([size]) for size in sizes
+            self.op("Reshape", size, [1]) if isinstance(size, ir.Value) else self.graph.constant([size])
+            for size in sizes
         ]
         return self.op("Concat", *parts, axis=0)
 

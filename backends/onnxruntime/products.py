@@ -5,23 +5,37 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import fx
 
 from qcompiler.backends.onnxruntime.graph import sizes_of
-from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, Unsupported, schema_arguments
+from qcompiler.backends.onnxruntime.lowering import (
+    Lowering,
+    Rule,
+    Unsupported,
+    operator_name,
+    schema_arguments,
+)
 from qcompiler.backends.onnxruntime.shapes import rank
 from qcompiler.program import Type
 
 
 def linear(low: Lowering, out: Type, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None) -> ir.Value:
-    """x times the transposed weight, plus bias; stored weights are written transposed."""
+    """x times the transposed weight, plus bias; a stored weight that nothing else reads is written transposed."""
     assert low.node is not None
     source = schema_arguments(low.node)[1]
-    if source.op == "get_attr":
-        turned = low.transposed(str(source.target))
+    if source.op != "get_attr":
+        product = low.op("MatMul", x, low.op("Transpose", weight, perm=[1, 0]))
+    elif is_tied(low, source):
+        product = low.contrib("FusedMatMul", x, weight, transB=1)
     else:
-        turned = low.op("Transpose", weight, perm=[1, 0])
-    product = low.op("MatMul", x, turned)
+        product = low.op("MatMul", x, low.transposed(str(source.target)))
     return product if bias is None else low.op("Add", product, bias)
+
+
+def is_tied(low: Lowering, source: fx.Node) -> bool:
+    """Whether a stored weight is read by anything but linear layers, as an embedding is: one copy serves both."""
+    readers = [n for n in low.program.graph.nodes if n.op == "get_attr" and n.target == source.target]
+    return any(operator_name(user) != "aten.linear" for reader in readers for user in reader.users)
 
 
 def matmul(low: Lowering, out: Type, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -29,7 +43,9 @@ def matmul(low: Lowering, out: Type, a: ir.Value, b: ir.Value) -> ir.Value:
     return low.op("MatMul", a, b)
 
 
-def addmm(low: Lowering, out: Type, c: ir.Value, a: ir.Value, b: ir.Value, beta: float = 1, alpha: float = 1) -> ir.Value:
+def addmm(
+    low: Lowering, out: Type, c: ir.Value, a: ir.Value, b: ir.Value, beta: float = 1, alpha: float = 1
+) -> ir.Value:
     """beta * c + alpha * a @ b."""
     product = low.op("MatMul", a, b)
     if alpha != 1:
@@ -94,7 +110,9 @@ def best(kind: str, where: str) -> Rule:
     return rule
 
 
-def variance(low: Lowering, out: Type, x: ir.Value, axes: Any = None, correction: Any = None, keep: bool = False) -> ir.Value:
+def variance(
+    low: Lowering, out: Type, x: ir.Value, axes: Any = None, correction: Any = None, keep: bool = False
+) -> ir.Value:
     """The variance over some axes of known size."""
     if isinstance(correction, bool):  # var(x, dim, unbiased, keepdim)
         correction = int(correction)
@@ -149,7 +167,12 @@ def layer_norm(
 
 
 def rms_norm(
-    low: Lowering, out: Type, x: ir.Value, shape: Sequence[int], weight: ir.Value | None = None, eps: float | None = None
+    low: Lowering,
+    out: Type,
+    x: ir.Value,
+    shape: Sequence[int],
+    weight: ir.Value | None = None,
+    eps: float | None = None,
 ) -> ir.Value:
     """Scaled over the last axes by their root mean square."""
     weight = weight if weight is not None else low.graph.constant(torch.ones(tuple(shape), dtype=out.dtype))

@@ -66,5 +66,3 @@ def stand_in(low: Lowering, node: fx.Node) -> None:
             low.values[node] = low.graph.input(node.name, kind or SCALAR)
     except KeyError:
         raise Unsupported(f"{kind} is not computed in by ONNX Runtime's CPU kernels") from None
-
-

@@ -91,7 +91,7 @@ class OnnxRunner(Runner):
             )
 
     def _in_steps(self, inputs: Mapping[str, Tensor], new: int) -> dict[str, Tensor]:
-        """Several new positions over a past, one by one: GroupQueryAttention takes them together for one sequence only."""
+        """New positions over a past, one by one: GroupQueryAttention takes several for one sequence only."""
         first, state = self.program.inputs[0].name, dict(inputs)
         wanted = state.pop("logits_positions", None)
         state.pop("attention_mask", None)
@@ -197,8 +197,9 @@ def lengths(batch: int, total: int) -> dict[str, Any]:
 
 def empty(kind: Type, batch: int, capacity: int) -> Tensor:
     """Zeros of a type, with one kept position and room for `capacity` past ones."""
-    sizes: dict[Any, int] = {"batch": batch, "past": capacity, "kept": 1}
-    return torch.zeros([sizes.get(size, size) for size in kind.shape], dtype=kind.dtype)  # type: ignore[misc]
+    sizes = {"batch": batch, "past": capacity, "kept": 1}
+    shape = [sizes[size] if isinstance(size, str) else size for size in kind.shape]
+    return torch.zeros(shape, dtype=kind.dtype)
 
 
 def output_type(program: Program, name: str) -> Type:

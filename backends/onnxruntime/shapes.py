@@ -89,7 +89,9 @@ def repeat(low: Lowering, out: Type, x: ir.Value, times: Sequence[Any]) -> ir.Va
     return low.op("Tile", wide, low.shape(times))
 
 
-def repeat_interleave(low: Lowering, out: Type, x: ir.Value, times: Any, axis: int | None = None, *rest: Any) -> ir.Value:
+def repeat_interleave(
+    low: Lowering, out: Type, x: ir.Value, times: Any, axis: int | None = None, *rest: Any
+) -> ir.Value:
     """Each entry of an axis several times in a row."""
     if not isinstance(times, int) or axis is None:
         raise Unsupported("repeat_interleave with counts of its own for each entry")
@@ -147,7 +149,9 @@ def select(low: Lowering, out: Type, x: ir.Value, axis: int, index: Any) -> ir.V
     return low.op("Gather", x, low.cast(index, torch.int64), axis=axis % rank(x))
 
 
-def slice_(low: Lowering, out: Type, x: ir.Value, axis: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+def slice_(
+    low: Lowering, out: Type, x: ir.Value, axis: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Any:
     """Every step-th entry from start to end."""
     start, end = 0 if start is None else start, LAST if end is None else end
     if isinstance(start, int) and start == 0 and isinstance(end, int) and end == LAST and step == 1:

@@ -125,7 +125,9 @@ class Blockwise:
         if transposed:
             make: Callable[[], Tensor] = lambda: self._middle().expand(rows, groups).t()  # noqa: E731
             return Stored((groups, rows), torch.float32, make, f"{self.key}:corrections.T")
-        return Stored((rows, self.count), torch.float32, lambda: self._by_block(self._middle()), f"{self.key}:corrections")
+        return Stored(
+            (rows, self.count), torch.float32, lambda: self._by_block(self._middle()), f"{self.key}:corrections"
+        )
 
     def _middle(self) -> Tensor:
         minimum = self.weight.minimum
