@@ -31,7 +31,8 @@ class Gptq(Pass):
     largest activations first; groups are static (fixed before, in the original column order), so that no
     permutation remains at run time. `clip` is how far the search for each group's range may shrink it (1 keeps the
     minimum-maximum range). `refits` is how often the scales are fitted to the codes by least squares and the columns
-    rounded again (beyond the paper; 0 is plain GPTQ). A row for which plain rounding has the smaller error keeps its rounded codes.
+    rounded again (beyond the paper; 0 is plain GPTQ). A row for which plain rounding has the smaller error keeps its
+    rounded codes.
     """
 
     name: ClassVar[str] = "gptq"
@@ -184,6 +185,7 @@ def search_grid(w: Tensor, importance: Tensor, scheme: Scheme, clip: float) -> t
 
 def refit_scale(w: Tensor, h: Tensor, q: QTensor) -> Tensor:
     """The scales [n, groups] that minimise ||WX - QX||^2 for the codes of `q`, by least squares in each row."""
+    assert isinstance(q.scale, Tensor)
     middle = q.zero.float() if q.zero is not None else torch.full_like(q.scale.float(), q.scheme.levels >> 1)
     index = q.group_index() if q.scale.shape[1] > 1 else torch.zeros(w.shape[1], dtype=torch.int64)
     steps = q.unpacked().float() - middle[:, index]

@@ -100,7 +100,9 @@ def compile(
     return Session(program, lowered, report, tokenizer, files)
 
 
-def explain(model: Any, recipe: Any = DEFAULT_RECIPE, *, backend: str | None = None, example_inputs: Any = None) -> Report:
+def explain(
+    model: Any, recipe: Any = DEFAULT_RECIPE, *, backend: str | None = None, example_inputs: Any = None
+) -> Report:
     """What `compile` would do, without data and without the expensive steps: layers, sizes, refusals.
 
     Methods that need data are replaced by plain rounding to the same scheme, so errors are not shown.
@@ -142,19 +144,10 @@ def scratch_folder() -> "tempfile.TemporaryDirectory[str]":
 
 
 def tokenizer_of(program: Program) -> Any:
-    """The tokenizer that belongs to a captured program; None where there is none."""
+    """The tokenizer that belongs to a captured program, read by its front end; None where there is none."""
+    front_end = registry().frontends.get(str(program.info.get("frontend")))
     source = program.info.get("tokenizer")
-    if not source:
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        if isinstance(source, dict):
-            path = Path(source["gguf"])
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, ImportError):
-        return None
+    return front_end.tokenizer(source) if front_end and front_end.tokenizer and source else None
 
 
 def calibration_writer(program: Program, wanted: Calibration) -> Program:

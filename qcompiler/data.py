@@ -23,7 +23,7 @@ SELF = "self"
 
 @dataclass(frozen=True)
 class Calibration:
-    """What to calibrate on: a source, how many sequences, how many tokens each, and the seed of the self-written ones."""
+    """What to calibrate on: a source, how many sequences of how many tokens, the seed of self-written ones."""
 
     source: Any = SELF
     samples: int = 64
@@ -49,7 +49,7 @@ def load(
     tokenizer: Any = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Sample]:
-    """The calibration data as batches of inputs. Raises InputError for a source that is missing, empty or unreadable."""
+    """The calibration data as batches of inputs; InputError for a source that is missing, empty or unreadable."""
     source = calibration.source
     if isinstance(source, str) and source == SELF:
         ids = write_text(program, calibration, progress)
@@ -57,7 +57,7 @@ def load(
     if isinstance(source, (str, Path)):
         source = list(read_texts(Path(source)))
     if not isinstance(source, Sequence) or not source:
-        raise InputError("calibration data is empty; give a text or JSONL file, a list of texts or tensors, or \"self\"")
+        raise InputError('calibration data is empty; give a text or JSONL file, a list of texts or tensors, or "self"')
     if all(isinstance(entry, Mapping) for entry in source):
         return [dict(entry) for entry in source[: calibration.samples]]
     if all(isinstance(entry, Tensor) for entry in source):
@@ -76,7 +76,8 @@ def read_texts(path: Path) -> Iterator[str | list[int]]:
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f'calibration file "{path}" is not UTF-8 text: {error.reason} at byte {error.start}') from error
+        place = f"{error.reason} at byte {error.start}"
+        raise InputError(f'calibration file "{path}" is not UTF-8 text: {place}') from error
     if not content.strip():
         raise InputError(f'calibration file "{path}" is empty; give a file with text, or "self"')
     if path.suffix not in (".jsonl", ".json"):
@@ -87,7 +88,8 @@ def read_texts(path: Path) -> Iterator[str | list[int]]:
             entry = json.loads(line)
             yield entry["input_ids"] if "input_ids" in entry else entry["text"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f'calibration file "{path}", line {number}: no JSON object with "text" or "input_ids"') from error
+            place = f'calibration file "{path}", line {number}'
+            raise InputError(f'{place}: no JSON object with "text" or "input_ids"') from error
 
 
 def _windows(entries: Sequence[Any], calibration: Calibration, tokenizer: Any) -> list[Tensor]:
@@ -151,7 +153,7 @@ def write_text(
 def check_samples(program: Program, seed: int = 0) -> list[Sample]:
     """Small random inputs on which contracts are checked: two sizes, the second with left padding where it exists."""
     random = torch.Generator().manual_seed(seed)
-    found = []
+    found: list[Sample] = []
     for batch, length in ((2, 19), (1, 11)):
         sizes = {"batch": batch, "sequence": length}
         sample = {i.name: _random(program, i, sizes, random) for i in program.inputs if not i.default}

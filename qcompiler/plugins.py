@@ -18,12 +18,14 @@ GROUP = "qcompiler.plugins"
 class FrontEnd:
     """A way to turn a model into a Program.
 
-    `accepts(source)` is True or a No; `capture(source, example_inputs)` returns the Program.
+    `accepts(source)` is True or a No; `capture(source, example_inputs)` returns the Program; `tokenizer(place)` reads
+    the tokenizer from what the program's `info["tokenizer"]` says.
     """
 
     name: str
     accepts: Callable[[Any], bool | No]
     capture: Callable[[Any, Any], Any]
+    tokenizer: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ class Recipe:
             if source in named:
                 return dataclasses.replace(cls._from_yaml(named[source]), name=source)
             if re.fullmatch(r"[\w.-]+", source) and source not in registry().passes:
-                raise RecipeError(f'there is no recipe or pass "{source}"; {nearest(source, [*named, *registry().passes])}')
+                known = [*named, *registry().passes]
+                raise RecipeError(f'there is no recipe or pass "{source}"; {nearest(source, known)}')
             return cls(tuple(_steps(source)))
         if isinstance(source, Sequence):
             return cls(tuple(step for entry in source for step in _entry(entry)))

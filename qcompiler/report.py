@@ -90,6 +90,23 @@ class Report:
         last = {layer.name: layer for p in self.passes for layer in p.layers}
         return list(last.values())
 
+    def __str__(self) -> str:
+        """The report in a few lines of plain text."""
+        sizes, found, refusals = self.sizes_mb, self.coverage, self.all_refusals
+        share = found.get("bytes_share", 0)
+        lines = [
+            f"{self.model} compiled with {self.recipe} for {self.backend or 'no backend'}",
+            f"  size      {sizes.get('float', 0):.1f} MB -> {sizes.get('compiled', 0):.1f} MB",
+            f"  coverage  {found.get('quantized', 0)} of {found.get('linears', 0)} linear layers, {share:.1%} of bytes",
+        ]
+        for record in self.passes:
+            kl = "" if record.kl is None else f", KL {record.kl:.4f}"
+            lines.append(f"  {record.text}: {record.contract}, {record.seconds:.1f} s{kl}")
+        lines += [f"  refused   {text}" for text in refusals[:10]]
+        if len(refusals) > 10:
+            lines.append(f"  and {len(refusals) - 10} more refusals")
+        return "\n".join(lines)
+
     def to_json(self) -> str:
         """The report as indented JSON; `from_json` inverts it."""
         return json.dumps(asdict(self), indent=1)

@@ -214,6 +214,8 @@ class QTensor:
         if weight.dim() == 0 or weight.numel() == 0:
             raise InputError(f"a weight of shape {list(weight.shape)} has no rows of values to quantize; exclude it")
         rows = weight.detach().movedim(axis, -1).reshape(-1, weight.shape[axis]).float()
+        if not bool(torch.isfinite(rows).all()):
+            raise InputError("a tensor with NaN or infinite values cannot be quantized; repair the model's weights")
         # The grid always holds zero, so that the zeros that fill up a short last group change nothing.
         groups = by_group(rows, scheme.group_of(rows.shape[-1]))
         low, high = groups.amin(-1), groups.amax(-1)

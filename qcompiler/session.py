@@ -46,11 +46,23 @@ class Session:
         return self.runner(inputs)[self.program.outputs[0]]
 
     @overload
-    def generate(self, prompt: str, max_new_tokens: int = ..., **options: Any) -> str: ...
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = ...,
+        *,
+        temperature: float = ...,
+        seed: int = ...,
+        on_token: OnToken | None = ...,
+    ) -> str: ...
     @overload
-    def generate(self, prompt: Tensor, max_new_tokens: int = ..., **options: Any) -> Tensor: ...
+    def generate(
+        self, prompt: Tensor, max_new_tokens: int = ..., *, temperature: float = ..., seed: int = ...
+    ) -> Tensor: ...
     @overload
-    def generate(self, prompt: Sequence[str], max_new_tokens: int = ..., **options: Any) -> list[str]: ...
+    def generate(
+        self, prompt: Sequence[str], max_new_tokens: int = ..., *, temperature: float = ..., seed: int = ...
+    ) -> list[str]: ...
 
     def generate(
         self,
@@ -70,9 +82,7 @@ class Session:
         if isinstance(prompt, Tensor):
             return self._continue(prompt, max_new_tokens, temperature, seed, None)
         if not isinstance(prompt, str):
-            return [
-                self.generate(p, max_new_tokens, temperature=temperature, seed=seed, on_token=on_token) for p in prompt
-            ]
+            return [self.generate(p, max_new_tokens, temperature=temperature, seed=seed) for p in prompt]
         if self.tokenizer is None:
             raise InputError("this model has no tokenizer; give token ids instead of text")
         ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]

@@ -18,7 +18,11 @@ def _lazy(name: str) -> FrontEnd:
     def capture(source: Any, example_inputs: Any = None) -> Any:
         return importlib.import_module(path).capture(source, example_inputs)
 
-    return FrontEnd(name, accepts, capture)
+    def tokenizer(place: Any) -> Any:
+        read = getattr(importlib.import_module(path), "tokenizer", None)
+        return read(place) if read else None
+
+    return FrontEnd(name, accepts, capture, tokenizer)
 
 
 PLUGIN = Plugin(frontends=tuple(map(_lazy, ("huggingface", "gguf", "onnx", "fx", "torch_module"))))
