@@ -233,6 +233,12 @@ def complex_pairs(x: Tensor, positions: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn[:, :, None, :]).flatten(3).type_as(x).transpose(1, 2)
 
 
+def deepseek(x: Tensor, positions: Tensor) -> Tensor:
+    cos, sin = angles(positions).cos().unsqueeze(1), angles(positions).sin().unsqueeze(1)
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
 ROPES: dict[str, tuple[Callable[..., Tensor], bool]] = {
     "llama": (llama, False),
     "chunks": (lambda x, positions: llama(x, positions, rotate_chunks), False),
@@ -242,6 +248,7 @@ ROPES: dict[str, tuple[Callable[..., Tensor], bool]] = {
     "gpt_oss": (gpt_oss, False),
     "pairs apart": (pairs_apart, True),
     "heads last": (heads_last, False),
+    "deepseek": (deepseek, False),
     "complex": (complex_pairs, True),
 }
 
@@ -254,9 +261,10 @@ def test_rotary_embeddings(spelling: str) -> None:
     sizes = {"x": {0: "batch", 2: "sequence"}, "positions": {0: "batch", 1: "sequence"}}
     program, _ = canonical(function, inputs, sizes)
     (rope,) = program.calls(qc.rope)
+    sorting = {"slice", "cat"} if spelling == "deepseek" else set()
     assert arguments(rope)["interleaved"] is interleaved
     assert {str(node.meta["type"]) for node in rope.all_input_nodes[1:]} == {"float32[batch, sequence, 4]"}
-    assert ops_of(program).keys() <= {"qc.rope", "cos", "sin", "mul", "unsqueeze", "_to_copy"}
+    assert ops_of(program).keys() <= {"qc.rope", "cos", "sin", "mul", "unsqueeze", "_to_copy"} | sorting
 
 
 def test_a_stored_table_that_holds_each_angle_twice_is_halved() -> None:
@@ -568,6 +576,43 @@ def test_gelu_and_silu() -> None:
         program, _ = canonical(spelled, {"x": random(2, 5, 8)})
         assert ops_of(program) == {"gelu": 1}
     assert ops_of(canonical(lambda x: torch.sigmoid(x) * x, {"x": random(2, 5, 8)})[0]) == {"silu": 1}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * torch.sigmoid(x),
+        lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS),
+        lambda x: (x @ x.transpose(-1, -2)).softmax(-1) @ x,
+    ],
+)
+def test_what_is_rounded_at_each_step_stays_spelled_out(function: Callable[[Tensor], Tensor]) -> None:
+    program, _ = canonical(function, {"x": random(2, 3, 5, 8).bfloat16()}, {"x": {0: "batch"}})
+    assert not {"silu", "rms_norm", "qc.attention"} & ops_of(program).keys()
+
+
+def test_a_part_of_a_stored_triangle_is_a_window() -> None:
+    square = torch.ones(16, 16, dtype=torch.bool)
+
+    def function(band: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length = q.shape[2]
+        return eager(q, k, v, lambda s: torch.where(band[:, :, :length, :length], s, LOW))
+
+    for band, left in ((square.tril(), -1), (square.tril() & square.triu(-3), 3)):
+        program, _ = canonical(function, *attention_inputs(), band=band[None, None])
+        (node,) = program.calls(qc.attention)
+        assert ops_of(program) == {"qc.attention": 1}
+        assert (arguments(node)["left"], arguments(node)["right"]) == (left, 0)
+
+
+def test_parts_written_into_an_empty_tensor_are_put_side_by_side() -> None:
+    def function(x: Tensor) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], 16)
+        out[..., :8] = x
+        out[..., 8:] = x.sin()
+        return out
+
+    assert ops_of(canonical(function, {"x": random(2, 5, 8)})[0]) == {"sin": 1, "cat": 1}
 
 
 # -- constants, equal values -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class GeluTanh(Rule):
         return x * 0.5 * (op.tanh(inner) + 1)
 
     def rewrite(self, program: Program, node: fx.Node, x: Any, cubic: Any, root: Any) -> fx.Node | No | None:
-        if not _close(cubic, 0.044715) or not _close(root, math.sqrt(2 / math.pi)):
+        if not _close(cubic, 0.044715) or not _close(root, math.sqrt(2 / math.pi)) or _rounds(x):
             return None
         return program.call(aten.gelu.default, (x,), {"approximate": "tanh"}, like=node)
 
@@ -33,11 +33,17 @@ class Silu(Rule):
         return x * op.sigmoid(x)
 
     def rewrite(self, program: Program, node: fx.Node, x: Any) -> fx.Node | None:
-        return program.call(aten.silu.default, (x,), like=node) if type_of_node(x) else None
+        return program.call(aten.silu.default, (x,), like=node) if not _rounds(x) else None
 
 
 def _close(value: Any, wanted: float) -> bool:
     return isinstance(value, float) and math.isclose(value, wanted, rel_tol=1e-6)
+
+
+def _rounds(x: Any) -> bool:
+    """Whether x is of half precision: it is rounded after each step when spelled out, and once by the operator."""
+    kind = type_of_node(x)
+    return kind is None or kind.dtype.itemsize < 4
 
 
 RULES: tuple[Rule, ...] = (GeluTanh(), Silu())

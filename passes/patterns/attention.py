@@ -47,6 +47,8 @@ class EagerAttention(Rule):
         kind = type_of_node(node)
         if kind is None or kind.rank != 4:
             return None
+        if kind.dtype.itemsize < 4:
+            return No(f"{kind.dtype} is rounded after each step here, and once in the attention operator")
         found = read_scores(program, scores)
         if isinstance(found, No):
             return found
@@ -65,9 +67,11 @@ class EagerAttention(Rule):
                 (masked if hides(program, added) else biases).append(added)
         if len(masked) > 1 or len(biases) > 1:
             return No("several masks or several biases are added to its scores")
-        args: list[Any] = [found.q, found.k, v, *(masked or [None]), sight.padding, *(biases or [None])]
+        mask, bias = next(iter(masked), None), next(iter(biases), None)
         how = {"scale": found.scale, "softcap": found.softcap}
-        return program.call(qc.attention, trimmed(args), options(sight, how), like=node)
+        return program.call(
+            qc.attention, trimmed([found.q, found.k, v, mask, sight.padding, bias]), options(sight, how), like=node
+        )
 
 
 def _fits(q: Any, k: Any, v: Any) -> int | No:

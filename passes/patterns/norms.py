@@ -103,6 +103,8 @@ def _last_channels(x: Any, dims: Any, eps: Any) -> int | No:
         return No(f"the mean runs over dimensions {dims}, not over the last one")
     if not isinstance(eps, (int, float)):
         return No("the epsilon is computed")
+    if kind.dtype.itemsize < 4:
+        return No(f"{kind.dtype} is rounded after each step here, and once in the norm operator")
     channels = kind.shape[-1]
     return channels if isinstance(channels, int) else No(f"the last dimension is dynamic ({channels})")
 
