@@ -61,12 +61,12 @@ class Session:
     ) -> Tensor: ...
     @overload
     def generate(
-        self, prompt: Sequence[str], max_new_tokens: int = ..., *, temperature: float = ..., seed: int = ...
+        self, prompt: list[str], max_new_tokens: int = ..., *, temperature: float = ..., seed: int = ...
     ) -> list[str]: ...
 
     def generate(
         self,
-        prompt: "str | Tensor | Sequence[str]",
+        prompt: "str | Tensor | list[str]",
         max_new_tokens: int = 64,
         *,
         temperature: float = 0.0,
