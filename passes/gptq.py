@@ -18,7 +18,7 @@ from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
 from qcompiler.passes.statistics import Hessian
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
-from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits, range_grid, round_to_grid
+from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits, range_grid
 
 BLOCK = 128  # columns whose errors are spread together, as in the paper's lazy batch updates
 
@@ -167,20 +167,27 @@ def search_grid(w: Tensor, importance: Tensor, scheme: Scheme, clip: float) -> t
     if scheme.granularity == "tensor":
         low, high = low.amin().view(1, 1), high.amax().view(1, 1)
         return range_grid(low, high, scheme)
-    weights = importance.clamp(min=importance.mean() * 1e-4)
+    weights = by_group(importance.clamp(min=importance.mean() * 1e-4)[None], size)
     best_error = torch.full_like(low, torch.inf)
     best_low, best_high = low.clone(), high.clone()
     steps = max(1, round((1 - clip) * 40))
     for step in range(steps + 1):
         shrink = 1 - (1 - clip) * step / steps
         scale, zero = range_grid(low * shrink, high * shrink, scheme)
-        q = QTensor(scheme, tuple(w.shape), pack_bits(round_to_grid(w, scheme, scale, zero), scheme.bits), scale, zero)
-        error = by_group((q.dequantize() - w).pow_(2).mul_(weights), size).sum(-1)
+        error = _rounding_error(groups, scheme, scale, zero).pow_(2).mul_(weights).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_low = torch.where(better, low * shrink, best_low)
         best_high = torch.where(better, high * shrink, best_high)
     return range_grid(best_low, best_high, scheme)
+
+
+def _rounding_error(groups: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """What rounding to the grid changes, for values [rows, groups, group]."""
+    step = scale.float()[..., None]
+    offset = zero.float()[..., None] if zero is not None else float(scheme.levels >> 1)
+    codes = (groups / step).round_().add_(offset).clamp_(0, scheme.levels - 1)
+    return codes.sub_(offset).mul_(step).sub_(groups)
 
 
 def refit_scale(w: Tensor, h: Tensor, q: QTensor) -> Tensor:
