@@ -1,7 +1,7 @@
 """Session: a compiled model, ready to run: logits, text, report, save."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, overload
 
@@ -89,9 +89,7 @@ class Session:
         whole = self._continue(ids, max_new_tokens, temperature, seed, on_token)
         return str(self.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
 
-    def _continue(
-        self, ids: Tensor, limit: int, temperature: float, seed: int, on_token: OnToken | None
-    ) -> Tensor:
+    def _continue(self, ids: Tensor, limit: int, temperature: float, seed: int, on_token: OnToken | None) -> Tensor:
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise InputError(f"a prompt is token ids [batch, length >= 1], not {tuple(ids.shape)}")
         random = torch.Generator().manual_seed(seed)

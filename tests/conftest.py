@@ -50,9 +50,7 @@ def compare_golden(name: str, text: str) -> None:
         path.write_text(text, encoding="utf-8")
         return
     if not path.exists():
-        pytest.fail(
-            f"{shown} does not exist; `make bless` writes it. The text is now:\n{text}", pytrace=False
-        )
+        pytest.fail(f"{shown} does not exist; `make bless` writes it. The text is now:\n{text}", pytrace=False)
     expected = path.read_text(encoding="utf-8")
     if text != expected:
         diff = difflib.unified_diff(expected.splitlines(), text.splitlines(), shown, "now", lineterm="")

@@ -57,16 +57,12 @@ def test_link_is_a_link_in_git(name: str) -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = run("git", "ls-files", "--stage", f"qcompiler/{name}").stdout
-    assert listed.startswith("120000 "), (
-        f"git holds qcompiler/{name} as {listed or 'nothing'!r}, not as a link"
-    )
+    assert listed.startswith("120000 "), f"git holds qcompiler/{name} as {listed or 'nothing'!r}, not as a link"
 
 
 def test_every_package_is_listed() -> None:
     on_disk = {package for path, package in files_of_packages().items() if path.name == "__init__.py"}
-    assert set(SETUPTOOLS["packages"]) == on_disk, (
-        "[tool.setuptools] packages and the folders with __init__.py differ"
-    )
+    assert set(SETUPTOOLS["packages"]) == on_disk, "[tool.setuptools] packages and the folders with __init__.py differ"
 
 
 def test_every_data_file_is_listed() -> None:
@@ -82,7 +78,7 @@ def test_every_data_file_is_listed() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("name", ("passes", "backends"))
+@pytest.mark.parametrize("name", ["passes", "backends"])
 def test_bare_import_is_refused(name: str) -> None:
     """At the root `import passes` finds the folder, and would make a second copy of every class."""
     found = run(sys.executable, "-c", f"import {name}")
