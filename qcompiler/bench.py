@@ -32,9 +32,7 @@ class Job:
     completion_tokens: int = 40
 
 
-def measure(
-    job: Job, load: Callable[[str, str | None], Session], progress: Progress | None = None
-) -> dict[str, Any]:
+def measure(job: Job, load: Callable[[str, str | None], Session], progress: Progress | None = None) -> dict[str, Any]:
     """Do a job in this process, which should be a fresh one: peak memory is that of the whole process."""
     say = progress or (lambda what, done, total: None)
     say("loading", 0, 0)
@@ -59,9 +57,7 @@ def measure_apart(job: Job, command: Sequence[str] = COMMAND) -> dict[str, Any]:
 
     Raises QCompilerError with what went wrong in that process.
     """
-    done = subprocess.run(
-        command, input=json.dumps(asdict(job)), stdout=subprocess.PIPE, text=True, check=False
-    )
+    done = subprocess.run(command, input=json.dumps(asdict(job)), stdout=subprocess.PIPE, text=True, check=False)
     try:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from qcompiler import ops
 from qcompiler.errors import InputError, QCompilerError
 from qcompiler.scheme import QTensor
+from qcompiler.text import lines
 
 Size = int | str  # a static size, or the name of a dynamic one: "batch", "sequence"
 
@@ -379,7 +380,7 @@ class Program:
 
     def text(self) -> str:
         """The graph as text: one line a node, readable and stable."""
-        return "\n".join(print_lines(self)) + "\n"
+        return "\n".join(lines(self.graph, self.inputs, self.outputs)) + "\n"
 
     def __str__(self) -> str:
         return self.text()
@@ -455,49 +456,6 @@ def _size_name(text: str, names: Mapping[str, str]) -> str:
     for symbol, name in sorted(names.items(), key=lambda item: -len(item[0])):
         text = text.replace(symbol, name)
     return text
-
-
-def print_lines(program: Program) -> Iterator[str]:
-    """The lines of `Program.text`."""
-    for node in program.graph.nodes:
-        kind = node.meta.get("type")
-        note = f"  # {_show_type(kind)}" if kind is not None else ""
-        if node.op == "placeholder":
-            default = next(i.default for i in program.inputs if i.name == node.target)
-            yield f"input {node.name}{f' = {default}' if default else ''}{note}"
-        elif node.op == "call_function":
-            args = [_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()]
-            yield f"{node.name} = {target_name(node.target)}({', '.join(args)}){note}"
-        elif node.op == "output":
-            pairs = zip(program.outputs, node.args[0], strict=True)
-            yield "return " + ", ".join(f"{name}={_show(value)}" for name, value in pairs)
-
-
-def target_name(target: Any) -> str:
-    """A call target's name: `aten.linear`, `aten.add.Tensor`, `qc.rope`, `operator.getitem`.
-
-    >>> import operator
-    >>> target_name(torch.ops.aten.linear.default), target_name(operator.mul)
-    ('aten.linear', 'operator.mul')
-    """
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target).removesuffix(".default")
-    module = str(getattr(target, "__module__", "")).lstrip("_")
-    return f"{module}.{getattr(target, '__name__', target)}"
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, fx.Node):
-        return str(value.target) if value.op == "get_attr" else value.name
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_show, value))}]"
-    if isinstance(value, str):
-        return repr(value)
-    return str(value)
-
-
-def _show_type(kind: Any) -> str:
-    return ", ".join(map(_show_type, kind)) if isinstance(kind, tuple) else str(kind)
 
 
 def _origin(like: fx.Node | None) -> dict[str, Any]:

@@ -25,7 +25,8 @@ import torch
 from torch import fx
 
 from qcompiler.errors import No
-from qcompiler.program import Program, Type, target_name
+from qcompiler.program import Program, Type
+from qcompiler.text import target_name
 
 _COMMUTES = frozenset({"add", "mul", "eq", "ne", "minimum", "maximum", "logical_and", "bitwise_and"})
 _DIMENSIONS = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim"})

@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from qcompiler.plugins import Registry
-from qcompiler.program import Program, target_name
+from qcompiler.program import Program
 from qcompiler.report import LayerRecord, PassRecord, Report
 from qcompiler.target import Backend
+from qcompiler.text import target_name
 
 CONTRACT_STYLE = {"exact": "green", "lossy": "yellow", "layout": "cyan"}
 SHOWN_REFUSALS = 20

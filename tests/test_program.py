@@ -12,8 +12,9 @@ from torch import fx
 
 from qcompiler.errors import InputError, QCompilerError
 from qcompiler.ops import qc
-from qcompiler.program import Input, Program, Type, execute, part_names, target_name, type_of
+from qcompiler.program import Input, Program, Type, execute, part_names, type_of
 from qcompiler.scheme import QTensor, Scheme
+from qcompiler.text import target_name
 from tests.programs import BS, Sketch, tiny_encoder, tiny_llama
 
 aten = torch.ops.aten
