@@ -210,3 +210,20 @@ def tiny_encoder(hidden: int = 32, heads: int = 4, vocabulary: int = 50, seed: i
     halves.meta["type"] = (Type((*BS, hidden // 2), torch.float32),) * 2
     first = sk.call(operator.getitem, halves, 0, to=(*BS, hidden // 2))
     return sk.done(last_hidden_state=x, first_half=first)
+
+
+def located(program: Program) -> Program:
+    """The same program, its nodes told which module they come from, as captured ones are."""
+    path = ""
+    for node in program.calls():
+        weights = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        path = weights[0].rpartition(".")[0] if weights else path
+        node.meta["path"] = "lm_head" if "logits" in program.outputs and not _later_linear(program, node) else path
+    return program
+
+
+def _later_linear(program: Program, node: fx.Node) -> bool:
+    """Whether a linear layer follows: the last one is the head."""
+    last = program.linears()[-1]
+    order = list(program.graph.nodes)
+    return order.index(node) < order.index(last)
