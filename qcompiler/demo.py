@@ -4,6 +4,7 @@ Both run on ONNX Runtime, each in a process of its own. The text they predict is
 in Wonderland" (Lewis Carroll, 1865).
 """
 
+import json
 import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
@@ -49,7 +50,10 @@ ROWS = (
 
 
 def run(out: Path, recipe: str) -> RenderableType:
-    """Compile the demo's model into `out`, measure it and its original, and return the last screen."""
+    """Compile the demo's model into `out`, measure it and its original, and return the last screen.
+
+    The figures are left beside it, in `<out>.json`.
+    """
     text = (files("qcompiler") / "demo_text.txt").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="qcompiler-demo-") as scratch:
         original = Path(scratch) / "original"
@@ -57,6 +61,8 @@ def run(out: Path, recipe: str) -> RenderableType:
         jobs = (Job(str(folder), text=text, prompt=PROMPT) for folder in (original, out))
         before, after = (measure_apart(job) for job in jobs)
     before["weights_mb"], after["weights_mb"] = report.sizes_mb["float"], report.sizes_mb["compiled"]
+    figures = {"recipe": report.recipe, "before": before, "after": after, "stages": report.stages}
+    out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return last_screen(report, before, after, out)
 
 
