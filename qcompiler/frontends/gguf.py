@@ -45,8 +45,7 @@ def capture(source: str | os.PathLike[str], example_inputs: Any = None) -> Progr
     model, codes = load(file)
     program = huggingface.capture_model(model)
     program.codes = _by_program_name(program, model, codes)
-    program.info["source"] = str(path)
-    program.info["tokenizer"] = {"gguf": str(path.resolve())}
+    program.info |= {"frontend": "gguf", "source": str(path), "tokenizer": str(path.resolve())}
     return program
 
 
