@@ -101,8 +101,6 @@ def attention(
     `sinks` [heads] are logits that take part in the softmax and carry no value.
     """
     group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     seen = None
     if padding is not None or chunk > 0 or left >= 0 or right >= 0:
         seen = _mask(q, padding, q.shape[2], k.shape[2], left=left, right=right, chunk=chunk)
@@ -113,6 +111,8 @@ def attention(
         added = mask if added is None else added + mask
     if softcap == 0.0 and sinks is None:
         return _sdpa(q, k, v, seen, added, scale)
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     score = (q @ k.transpose(-1, -2)).float() * scale
     if softcap > 0.0:
         score = softcap * torch.tanh(score / softcap)
@@ -135,7 +135,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, added: Tensor | 
         low = torch.finfo(q.dtype).min
         zero = torch.zeros((), dtype=q.dtype, device=q.device)
         bias = torch.where(seen, zero if added is None else added.to(q.dtype), low)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)
 
 
 _mask = mask  # `attention` has an argument of that name
