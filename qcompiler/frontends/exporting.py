@@ -6,7 +6,6 @@ the program computes what the module does is for `verification` to find out.
 
 import logging
 import operator
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -94,16 +93,21 @@ def _trace(
     sizes: Sizes,
     ranges: Mapping[str, Any],
     *,
-    defer: bool = False,
+    proven: bool = True,
 ) -> ExportedProgram:
-    """Export with the named dynamic sizes within their ranges, to a graph where no node writes to its arguments."""
-    dims = {name: Dim(name, **ranges.get(name, {})) for named in sizes.values() for name in named.values()}
+    """Export with the named dynamic sizes within their ranges, to a graph where no node writes to its arguments.
+
+    `proven`: refuse a module with conditions on sizes that export cannot prove within the ranges.
+    """
+    names = {name for named in sizes.values() for name in named.values()}
+    dims = {name: Dim(name, **ranges.get(name, {})) if proven else Dim.DYNAMIC for name in names}
+    shapes = tuple({d: dims[n] for d, n in sizes.get(name, {}).items()} or None for name in inputs)
     exported = torch.export.export(
         root,
         tuple(inputs.values()),
-        dynamic_shapes={"inputs": tuple({d: dims[n] for d, n in sizes.get(i, {}).items()} or None for i in inputs)},
+        dynamic_shapes={"inputs": shapes},
         strict=False,
-        prefer_deferred_runtime_asserts_over_guards=defer,
+        prefer_deferred_runtime_asserts_over_guards=not proven,
     )
     return exported.run_decompositions({}) if _changes_tensors(exported.graph_module) else exported
 
@@ -111,20 +115,13 @@ def _trace(
 def _trace_again(
     root: nn.Module, inputs: Mapping[str, Tensor], sizes: Sizes, ranges: Mapping[str, Any], error: Exception
 ) -> ExportedProgram:
-    """A second try for a module whose conditions on sizes export could not prove, within the ranges it suggests.
+    """A second try for a module whose conditions on sizes export could not prove.
 
-    The conditions become checks in the graph, which the lifter drops: whether they hold is verified on data. A size
-    that became a constant, or must not be short, has no second try.
+    The conditions are dropped: whether they hold is verified on data. A size that became a constant has no second try.
     """
-    text = str(error)
-    narrowed = {
-        name: {key: int(value) for key, value in re.findall(r"(min|max)=(\d+)", limits)}
-        for name, limits in re.findall(r"^  (\w+) = Dim\('\w+', (.*)\)$", text, re.MULTILINE)
-    }
-    short = all(limits.get("min", 1) <= 2 for limits in narrowed.values())
-    if "Constraints violated" in text and "specialized" not in text and short:
+    if "Constraints violated" in str(error) and "specialized" not in str(error):
         try:
-            return _trace(root, inputs, sizes, {**ranges, **narrowed}, defer=True)
+            return _trace(root, inputs, sizes, ranges, proven=False)
         except Exception as again:  # noqa: BLE001  as above
             error = again
     raise CaptureError(f"torch.export cannot trace this module: {first_line(error)}") from error

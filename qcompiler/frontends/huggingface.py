@@ -66,6 +66,16 @@ def capture(source: Any, example_inputs: Any = None) -> Program:
     return program
 
 
+def tokenizer(folder: str) -> Any:
+    """The tokenizer in a model's folder; nothing is downloaded. None where it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError):
+        return None
+
+
 def load(folder: Path) -> nn.Module:
     """The transformers model in `folder`, in the dtype it was saved in; nothing is downloaded.
 
