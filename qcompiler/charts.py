@@ -4,7 +4,7 @@ Colours are the CSS classes c0 to c7 (and "rest"), which the page defines for li
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -26,19 +26,24 @@ def colour(index: int) -> str:
     return f"c{index}" if index < COLOURS else "rest"
 
 
-def legend(names: Sequence[str]) -> str:
-    """Names of series with their colours."""
-    items = (f'<span class="key"><i class="{colour(i)}"></i>{escape(name)}</span>' for i, name in enumerate(names))
+def legend(kinds: Sequence[str], shown: Container[str]) -> str:
+    """The names of those kinds that are shown, each with the colour that its place among all kinds gives it."""
+    items = (
+        f'<span class="key"><i class="{colour(i)}"></i>{escape(kind)}</span>'
+        for i, kind in enumerate(kinds)
+        if kind in shown
+    )
     return f'<p class="legend">{"".join(items)}</p>'
 
 
-def scatter(series: Mapping[str, Sequence[Dot]], x_title: str, y_title: str, height: int = 280) -> str:
-    """Dots joined by a line for each series; the y axis starts at 0. Values that are not finite are left out."""
-    drawn = {name: [d for d in dots if math.isfinite(d.y)] for name, dots in series.items()}
-    everything = [dot for dots in drawn.values() for dot in dots]
+def scatter(series: Mapping[str, Sequence[Dot]], kinds: Sequence[str], x_title: str, y_title: str) -> str:
+    """Dots joined by a line for each kind; the y axis starts at 0. Values that are not finite are left out."""
+    drawn = [[dot for dot in series.get(kind, ()) if math.isfinite(dot.y)] for kind in kinds]
+    everything = [dot for dots in drawn for dot in dots]
     if not everything:
         return '<p class="quiet">Nothing was measured.</p>'
     lowest, highest = min(d.x for d in everything), max(d.x for d in everything)
+    height = 280
     top, bottom = 12, height - 40
     steps = ticks(max(d.y for d in everything))
 
@@ -52,7 +57,9 @@ def scatter(series: Mapping[str, Sequence[Dot]], x_title: str, y_title: str, hei
     whole = [step for step in ticks(highest) if step == int(step) and lowest <= step <= highest]
     parts += [_text(x(step), bottom + 16, f"{step:g}", "middle") for step in whole]
     parts.append(_text((LEFT + WIDTH) / 2, height - 6, x_title, "middle"))
-    for i, dots in enumerate(drawn.values()):
+    for i, dots in enumerate(drawn):
+        if not dots:
+            continue
         line = " ".join(f"{x(d.x):.1f},{y(d.y):.1f}" for d in dots)
         parts.append(f'<polyline class="line {colour(i)}" points="{line}"/>')
         parts += [

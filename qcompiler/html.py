@@ -17,10 +17,11 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 def page(report: Report) -> str:
     """The whole page; every text of the report is escaped."""
     title = f"{report.model or 'model'}: {report.recipe or 'report'}"
+    kinds = _kinds(report.layers)
     sections = (
         _tiles(report),
-        _section("Error by depth", _errors(report.layers)),
-        _section("Where the bytes are", _sizes(report.layers)),
+        _section("Error by depth", _errors(report.layers, kinds)),
+        _section("Where the bytes are", _sizes(report.layers, kinds)),
         _section("Passes", _passes(report.passes)),
         _section("Time", _times(report)),
         _section("Refusals", _refusals(report.all_refusals)),
@@ -78,41 +79,44 @@ def _tiles(report: Report) -> str:
     return f'<section class="tiles">{"".join(tiles)}</section>'
 
 
-def _errors(layers: Sequence[LayerRecord]) -> str:
-    """One line of dots for each kind of layer, over the blocks; what stands in no block is in the table alone."""
+def _kinds(layers: Sequence[LayerRecord]) -> list[str]:
+    """The kinds of layers, those with the most bytes first; a kind has the same colour in every chart."""
+    size: Counter[str] = Counter()
+    for layer in layers:
+        size[kind_and_depth(layer.name)[0]] += layer.bytes_before
+    return [kind for kind, _ in size.most_common()]
+
+
+def _errors(layers: Sequence[LayerRecord], kinds: Sequence[str]) -> str:
+    """A line of dots for each kind of layer, over the blocks; what stands in no block is in the table alone."""
+    placed = [(layer, *kind_and_depth(layer.name)) for layer in layers]
+    blocks = any(depth is not None for _, _, depth in placed)
     series: dict[str, list[charts.Dot]] = {}
-    for i, layer in enumerate(layers):
-        kind, depth = kind_and_depth(layer.name)
-        if depth is None and any(kind_and_depth(other.name)[1] is not None for other in layers):
+    for i, (layer, kind, depth) in enumerate(placed):
+        if blocks and depth is None:
             continue
         error = relative_error(layer)
         label = f"{layer.name} ({layer.scheme}): {_percent(error)}, {_number(layer.sqnr_db)} dB"
-        series.setdefault(kind if depth is not None else "layers", []).append(
-            charts.Dot(i if depth is None else depth, error, label)
-        )
-    ordered = {kind: sorted(dots, key=lambda dot: dot.x) for kind, dots in series.items()}
+        series.setdefault(kind, []).append(charts.Dot(i if depth is None else depth, error, label))
+    for dots in series.values():
+        dots.sort(key=lambda dot: dot.x)
     note = (
         "Each dot is a layer: ‖WX − QX‖ ∕ ‖WX‖ on the calibration data, or the weight's own relative error "
         "where no data was used. Rest the pointer on a dot for its name."
     )
-    chart = charts.scatter(ordered, "block", "relative error")
-    return f'<p class="quiet">{note}</p>{charts.legend(list(ordered))}{chart}'
+    chart = charts.scatter(series, kinds, "block" if blocks else "layer", "relative error")
+    return f'<p class="quiet">{note}</p>{charts.legend(kinds, series)}{chart}'
 
 
-def _sizes(layers: Sequence[LayerRecord]) -> str:
-    """Before and after, by kind of layer, largest first."""
-    before: Counter[str] = Counter()
-    after: Counter[str] = Counter()
+def _sizes(layers: Sequence[LayerRecord], kinds: Sequence[str]) -> str:
+    """All quantized tensors before and after, by kind."""
+    rows: dict[str, Counter[str]] = {"before": Counter(), "after": Counter()}
     for layer in layers:
         kind, _ = kind_and_depth(layer.name)
-        before[kind] += layer.bytes_before
-        after[kind] += layer.bytes_after
-    kinds = [kind for kind, _ in before.most_common()]
-    rows = {
-        "before": {kind: before[kind] / 1e6 for kind in kinds},
-        "after": {kind: after[kind] / 1e6 for kind in kinds},
-    }
-    return charts.legend(kinds) + charts.stacks(rows, "MB", kinds)
+        rows["before"][kind] += layer.bytes_before
+        rows["after"][kind] += layer.bytes_after
+    megabytes = {name: {kind: size / 1e6 for kind, size in sizes.items()} for name, sizes in rows.items()}
+    return charts.legend(kinds, kinds) + charts.stacks(megabytes, "MB", kinds)
 
 
 def _passes(passes: Sequence[PassRecord]) -> str:
