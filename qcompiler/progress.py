@@ -8,7 +8,7 @@ from typing import Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-QUIET_SECONDS = 3.0
+QUIET_SECONDS = 5.0
 
 
 class Reporter:
