@@ -68,6 +68,7 @@ def main() -> None:
         if options.only in name:
             figures["self"][name] = _measure(base, passes, written, tokens, options.windows, fp32, bar)
             print(name, json.dumps(figures["self"][name]), flush=True)
+            write("quality", figures)
     if options.peer_python:
         figures["against gptqmodel"] = _against_peer(base, tokens, options, fp32)
     print("written to", write("quality", figures))
