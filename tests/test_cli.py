@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from qcompiler.__main__ import main
 from qcompiler.progress import Reporter
 from qcompiler.source import demo_model, is_artifact, resolve
+from tests.programs import WORDS, tiny_folder
 
 RECIPE = "canonicalize, rtn{scheme=int4:g32:asym}, fuse, kv_cache, pack"
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "far", "away", "from", "home", "to", "sea"]
 TEXT = " ".join(WORDS * 20)
 SPEED_KEYS = {"prefill_tokens_per_s", "decode_tokens_per_s", "ms_per_token", "load_s", "peak_rss_mb", "size_mb"}
 
@@ -26,29 +25,7 @@ SPEED_KEYS = {"prefill_tokens_per_s", "decode_tokens_per_s", "ms_per_token", "lo
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder as transformers writes it: a random llama of two layers, and a tokenizer of sixteen words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    vocabulary = {word: i for i, word in enumerate(["<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
