@@ -162,7 +162,7 @@ class Lengths:
         windows = [size for size in _windows(_config(model).to_dict()) if size <= 64]
         limit = _max_positions(_config(model)) or sys.maxsize
         traced = min(max(windows, default=0) + 11, limit - 1)
-        return cls(traced, min(2, limit), min(traced + 8, limit))
+        return cls(traced, min(5, limit), min(traced + 8, limit))
 
 
 def _windows(config: Any) -> Iterator[int]:
