@@ -11,6 +11,8 @@ import torch
 
 from qcompiler.report import versions
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does; the peers inherit it
+
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -34,9 +34,9 @@ SELF = {  # name: (passes, perplexity bar as a multiple of fp32, or None)
     "gptq 4-bit g128 asym": ("gptq{scheme=int4:g128:asym}", 1.16),
     "rtn 3-bit g64 asym": ("rtn{scheme=int3:g64:asym}", None),
     "gptq 3-bit g64 asym": ("gptq{scheme=int3:g64:asym}", None),
-    "recipe gptq-w4a16": ("gptq{scheme=int4:g64:asym}, rtn{scheme=int8:g64:sym include=@head}", None),
+    "recipe gptq-w4a16": ("gptq{scheme=int4:g64:asym}, rtn{scheme=int8:g128:sym include=@head}", None),
 }
-PEER = {"4-bit g64 asym": (4, 64, False), "4-bit g64 sym": (4, 64, True), "3-bit g64 asym": (3, 64, False)}
+PEER = {"4-bit g64 asym": (4, 64, False), "4-bit g128 asym": (4, 128, False), "3-bit g64 asym": (3, 64, False)}
 
 
 def main() -> None:
@@ -59,6 +59,9 @@ def main() -> None:
     fp32 = _perplexity(base, tokens, options.windows)
     figures: dict[str, Any] = {"text": options.text.name, "windows": options.windows, "length": LENGTH, "fp32": fp32}
     print(f"fp32 {fp32:.3f}", flush=True)
+    if options.peer_python:
+        figures["against gptqmodel"] = _against_peer(base, tokens, options, fp32)
+        write("quality", figures)
     calibration = Calibration()
     with Meter() as meter:
         written = data.load(calibration, calibration_writer(base, calibration))
@@ -69,8 +72,6 @@ def main() -> None:
             figures["self"][name] = _measure(base, passes, written, tokens, options.windows, fp32, bar)
             print(name, json.dumps(figures["self"][name]), flush=True)
             write("quality", figures)
-    if options.peer_python:
-        figures["against gptqmodel"] = _against_peer(base, tokens, options, fp32)
     print("written to", write("quality", figures))
 
 

@@ -1,8 +1,8 @@
 """Every benchmark that needs nothing but this package and a text; results go to results/*.json.
 
-    make bench ARGS="--text valid.txt [--peer-python .peers/bin/python --peer-model Q4_0.gguf]"
+    make bench ARGS="--text valid.txt [--gptqmodel-python PYTHON] [--llama-python PYTHON --llama-model Q4_0.gguf]"
 
-The peers (llama.cpp, gptqmodel) live in an environment of their own: see peers/README.md.
+The peers (gptqmodel, llama.cpp) live in environments of their own: see peers/README.md.
 """
 
 import argparse
@@ -11,22 +11,27 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+RECIPES = ("gptq-w4a16", "gptq-w4a16-fast")
 
 
 def main() -> None:
-    """Run quality, then speed."""
+    """Run quality, speed, and the agreement of the backends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="a text file to measure perplexity on")
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--peer-python", type=Path)
-    parser.add_argument("--peer-model", type=Path)
-    parser.add_argument("--artifact", type=Path, default=Path("build/bench"))
+    parser.add_argument("--gptqmodel-python", type=Path)
+    parser.add_argument("--llama-python", type=Path)
+    parser.add_argument("--llama-model", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="where the compiled models go")
     options = parser.parse_args()
-    peer = ["--peer-python", str(options.peer_python)] if options.peer_python else []
+    peer = ["--peer-python", str(options.gptqmodel_python)] if options.gptqmodel_python else []
     _run("benchmarks/quality.py", "--text", str(options.text), "--windows", str(options.windows), *peer)
-    _run("-m", "qcompiler", "compile", "demo", "-r", "gptq-w4a16", "-o", str(options.artifact))
-    model = ["--peer-model", str(options.peer_model)] if options.peer_model else []
-    _run("benchmarks/speed.py", str(options.artifact), *(peer + model if model else []))
+    folders = [str(options.out / recipe) for recipe in RECIPES]
+    for recipe, folder in zip(RECIPES, folders, strict=True):
+        _run("-m", "qcompiler", "compile", "demo", "-r", recipe, "-o", folder)
+    llama = ["--peer-python", str(options.llama_python), "--peer-model", str(options.llama_model)]
+    _run("benchmarks/speed.py", *folders, *(llama if options.llama_python else []))
+    _run("benchmarks/agreement.py", folders[0])
 
 
 def _run(*command: str) -> None:

@@ -20,6 +20,7 @@ from common import write
 
 import qcompiler
 from qcompiler.evaluate import vocabulary_of
+from qcompiler.sampling import choose
 
 PROMPT, NEW = 512, 128
 
@@ -68,10 +69,10 @@ def _prefill(session: Any, ids: torch.Tensor) -> float:
 
 def _decode(session: Any, ids: torch.Tensor) -> float:
     decoder = session.runner.decoder(1, NEW + 17)
-    step = decoder.step(ids[:, :16]).argmax(-1, keepdim=True)
+    step = choose(decoder.step(ids[:, :16]))
     start = time.perf_counter()
     for _ in range(NEW):
-        step = decoder.step(step).argmax(-1, keepdim=True)
+        step = choose(decoder.step(step))
     return NEW / (time.perf_counter() - start)
 
 

@@ -6,7 +6,7 @@ inverse Hessian of the layer's squared error ||WX - QX||^2.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -64,15 +64,20 @@ class Gptq(Pass):
             return {node.name: Hessian() for node in nodes if node.name in chosen}
 
         for segment in ctx.sweep(program, needs):
+            factors: dict[int, tuple[Tensor, Tensor]] = {}  # layers that read the same input share its Hessian
             for node in [n for n in segment.nodes if n.name in segment.statistics]:
                 ctx.node = node
-                done += self._quantize(program, node, segment.statistics[node.name], ctx)
+                done += self._quantize(program, node, segment.statistics[node.name], factors, ctx)
         check_coverage(len(chosen), done, self.min_coverage)
 
-    def _how(self) -> dict[str, Any]:
-        return {"damp": self.damp, "act_order": self.act_order, "clip": self.clip, "refits": self.refits}
-
-    def _quantize(self, program: Program, node: fx.Node, hessian: Tensor | None, ctx: Context) -> bool:
+    def _quantize(
+        self,
+        program: Program,
+        node: fx.Node,
+        hessian: Tensor | None,
+        factors: dict[int, tuple[Tensor, Tensor]],
+        ctx: Context,
+    ) -> bool:
         name = weight_name(node)
         if name not in program.tensors:  # a weight shared by two layers: quantized with the first
             return True
@@ -80,7 +85,9 @@ class Gptq(Pass):
         if hessian is None or not bool(torch.isfinite(hessian).all()):
             ctx.refuse(No("no finite activations reached it", name))
             return False
-        q, error = gptq(weight, hessian, self.scheme, **self._how())
+        if id(hessian) not in factors:
+            factors[id(hessian)] = inverse_factor(hessian, self.damp, self.act_order)
+        q, error = _gptq(weight, hessian, factors[id(hessian)], self.scheme, self.clip, self.refits)
         ctx.layer(layer_record(name, weight, q, self.name, error))
         program.quantize_tensor(name, q)
         return True
@@ -100,20 +107,29 @@ def gptq(
 
     Row by row the objective is never worse than rounding to the nearest code of the minimum-maximum grid.
     """
+    return _gptq(weight, hessian, inverse_factor(hessian, damp, act_order), scheme, clip, refits)
+
+
+def _gptq(
+    weight: Tensor, hessian: Tensor, factor: tuple[Tensor, Tensor], scheme: Scheme, clip: float, refits: int
+) -> tuple[QTensor, float]:
     w, h = weight.float(), hessian.float()
-    inverse, order = inverse_factor(hessian.double(), damp, act_order)
-    best = QTensor.quantize(weight, scheme)
+
+    def costed(q: QTensor) -> Candidate:
+        return Candidate(q, objective(w, q, h))
+
+    best = costed(QTensor.quantize(weight, scheme))
     scale, zero = search_grid(w, h.diagonal(), scheme, clip)
     for _ in range(1 + refits):
-        codes = solve(w, inverse, order, scheme, scale, zero)
+        codes = solve(w, *factor, scheme, scale, zero)
         solved = QTensor(scheme, tuple(w.shape), pack_bits(codes, scheme.bits), scale, zero, dtype=weight.dtype)
-        best = better(w, h, solved, best)
+        best = better(costed(solved), best)
         if scheme.granularity == "tensor":
             break
         scale = refit_scale(w, h, solved)
-        best = better(w, h, solved.with_parts(scale=scale), best)
+        best = better(costed(solved.with_parts(scale=scale)), best)
     energy = ((w @ h) * w).sum().clamp(min=1e-30)
-    return best, float((objective(w, best, h).sum() / energy).sqrt())
+    return best.q, float((best.loss.sum() / energy).sqrt())
 
 
 def inverse_factor(h: Tensor, damp: float, act_order: bool) -> tuple[Tensor, Tensor]:
@@ -121,42 +137,46 @@ def inverse_factor(h: Tensor, damp: float, act_order: bool) -> tuple[Tensor, Ten
 
     Channels that were never active get a unit diagonal: their columns are simply rounded.
     """
-    h = h.clone()
+    h = h.double().clone()
     diagonal = h.diagonal()
     diagonal[diagonal <= 0] = 1.0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(h.shape[0])
-    h = h[order][:, order]
+    # H = R R' with R upper is a Cholesky factorization from the last column to the first; then U = R^-1.
+    backwards = order.flip(0)
+    h = h[backwards][:, backwards]
+    identity = torch.eye(h.shape[0], dtype=h.dtype)
     for attempt in range(8):  # a singular Hessian needs more damping
-        damped = h + torch.eye(h.shape[0], dtype=h.dtype) * (damp * 4**attempt * h.diagonal().mean())
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(h + identity * (damp * 4**attempt * h.diagonal().mean()))
         if not failed:
-            inverse = torch.cholesky_inverse(factor)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return upper.float(), order
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            return upper.float(), order
     raise PassError(f"the Hessian is not positive definite even when damped; raise damp above {damp:g}")
 
 
 def solve(w: Tensor, u: Tensor, order: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """The GPTQ recursion: codes, uint8 [n, k], on a fixed grid, columns processed in `order`."""
-    columns = w.shape[1]
-    group = torch.arange(columns) // scheme.group_of(columns) if scale.shape[1] > 1 else torch.zeros(columns).long()
-    s = scale.float()[:, group[order]].expand(w.shape[0], -1)
-    z = zero.float()[:, group[order]].expand_as(s) if zero is not None else torch.full_like(s, scheme.levels >> 1)
-    w = w[:, order].clone()
-    codes = torch.empty_like(w)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        errors = torch.empty(w.shape[0], stop - start)
-        block = w[:, start:stop].clone()
-        for i in range(stop - start):
-            j = start + i
-            code = (torch.round(block[:, i] / s[:, j]) + z[:, j]).clamp_(0, scheme.levels - 1)
-            codes[:, j] = code
-            errors[:, i] = (block[:, i] - (code - z[:, j]) * s[:, j]) / u[j, j]
-            block[:, i + 1 :].addr_(errors[:, i], u[j, j + 1 : stop], alpha=-1)
-        w[:, stop:] -= errors @ u[start:stop, stop:]
-    return codes[:, torch.argsort(order)].to(torch.uint8)
+    """The GPTQ recursion: codes, uint8 [n, k], on a fixed grid, columns processed in `order`.
+
+    All is held transposed, a column of the weight in one run of memory, and a column collects the errors of those
+    before it when its turn comes.
+    """
+    count, top = w.shape[1], scheme.levels - 1
+    group = torch.arange(count) // scheme.group_of(count) if scale.shape[1] > 1 else torch.zeros(count).long()
+    s = scale.float().T[group[order]].expand(-1, w.shape[0])
+    z = zero.float().T[group[order]].expand_as(s) if zero is not None else torch.full_like(s, scheme.levels >> 1)
+    columns = w.T[order].contiguous()
+    codes = torch.empty_like(columns)
+    spread, diagonal = u.T.contiguous(), u.diagonal().tolist()
+    for start in range(0, count, BLOCK):
+        stop = min(start + BLOCK, count)
+        errors = torch.empty(stop - start, w.shape[0])
+        for j in range(start, stop):
+            before = j - start
+            column = torch.addmv(columns[j], errors[:before].T, spread[j, start:j], alpha=-1)
+            code = (column / s[j]).round_().add_(z[j]).clamp_(0, top)
+            codes[j] = code
+            errors[before] = column.sub_(code.sub_(z[j]).mul_(s[j])).div_(diagonal[j])
+        columns[stop:].addmm_(spread[stop:, start:stop], errors, alpha=-1)
+    return codes[torch.argsort(order)].T.to(torch.uint8).contiguous()
 
 
 def search_grid(w: Tensor, importance: Tensor, scheme: Scheme, clip: float) -> tuple[Tensor, Tensor | None]:
@@ -216,14 +236,20 @@ def objective(w: Tensor, q: QTensor, h: Tensor) -> Tensor:
     return ((difference @ h) * difference).sum(-1)
 
 
-def better(w: Tensor, h: Tensor, a: QTensor, b: QTensor) -> QTensor:
-    """Row by row, whichever of `a` and `b` has the smaller objective; as a whole where all rows share one scale."""
-    mine, other = objective(w, a, h), objective(w, b, h)
-    if a.scheme.granularity == "tensor":
-        return a if mine.sum() <= other.sum() else b
-    keep = (mine <= other)[:, None]
+class Candidate(NamedTuple):
+    """One way to quantize a layer, and what it costs: ||WX - QX||^2 per row, float32 [n]."""
+
+    q: QTensor
+    loss: Tensor
+
+
+def better(a: Candidate, b: Candidate) -> Candidate:
+    """Row by row, whichever of `a` and `b` costs less; as a whole where all rows share one scale."""
+    if a.q.scheme.granularity == "tensor":
+        return a if a.loss.sum() <= b.loss.sum() else b
+    keep = (a.loss <= b.loss)[:, None]
     parts = {}
-    for name, part in a.parts().items():
-        dtype = torch.promote_types(part.dtype, b.parts()[name].dtype)
-        parts[name] = torch.where(keep, part.to(dtype), b.parts()[name].to(dtype))
-    return a.with_parts(**parts)
+    for name, part in a.q.parts().items():
+        dtype = torch.promote_types(part.dtype, b.q.parts()[name].dtype)
+        parts[name] = torch.where(keep, part.to(dtype), b.q.parts()[name].to(dtype))
+    return Candidate(a.q.with_parts(**parts), torch.minimum(a.loss, b.loss))

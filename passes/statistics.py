@@ -7,6 +7,8 @@ from torch import Tensor
 
 from qcompiler.calibration import Statistic
 
+BLOCK = 384  # rows of a Hessian computed at once
+
 
 @dataclass(frozen=True)
 class Hessian(Statistic):
@@ -15,17 +17,22 @@ class Hessian(Statistic):
     def start(self) -> tuple[int, Tensor | None]:
         return 0, None
 
-    def step(self, state: tuple[int, Tensor | None], x: Tensor) -> tuple[int, Tensor | None]:
+    def step(self, state: tuple[int, Tensor | None], x: Tensor) -> tuple[int, Tensor]:
         count, mean = state
         x = x.float()
-        total = count + x.shape[0]
+        total, channels = count + x.shape[0], x.shape[1]
         if mean is None:
-            return total, x.T @ x / total
-        # A running mean: the sum over all tokens would lose the small entries.
-        return total, mean.mul_(count / total).addmm_(x.T, x, alpha=1 / total)
+            mean = torch.zeros(channels, channels)
+        # A running mean: the sum over all tokens would lose the small entries. Only the upper triangle, by blocks.
+        mean.mul_(count / total)
+        for start in range(0, channels, BLOCK):
+            stop = start + BLOCK
+            mean[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:], alpha=1 / total)
+        return total, mean
 
     def done(self, state: tuple[int, Tensor | None]) -> Tensor | None:
-        return state[1]
+        mean = state[1]
+        return mean if mean is None else mean.triu_().add_(mean.triu(1).T)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from qcompiler.errors import InputError, QCompilerError
 from qcompiler.pipeline import Progress
 from qcompiler.program import Program
+from qcompiler.sampling import choose
 from qcompiler.target import Runner
 
 Run = Callable[[Tensor], Tensor]  # ids int64 [batch, sequence] -> logits [batch, sequence, vocabulary]
@@ -156,7 +157,7 @@ def _seconds(runner: Runner, prompt: Tensor, new_tokens: int) -> tuple[float, fl
     logits = decoder.step(prompt)
     middle = time.perf_counter()
     for _ in range(new_tokens):
-        logits = decoder.step(logits.argmax(-1, keepdim=True))
+        logits = decoder.step(choose(logits))
     return middle - start, time.perf_counter() - middle
 
 

@@ -12,6 +12,7 @@ from qcompiler import artifact
 from qcompiler.errors import InputError
 from qcompiler.program import Program
 from qcompiler.report import Report
+from qcompiler.sampling import choose
 from qcompiler.target import Runner
 
 OnToken = Callable[[int, str], None]
@@ -121,10 +122,3 @@ class Session:
             files=self.folder,
             tokenizer=self.tokenizer,
         )
-
-
-def choose(logits: Tensor, temperature: float, random: torch.Generator) -> Tensor:
-    """The next token ids [batch, 1]: the most likely, or sampled at a temperature."""
-    if temperature <= 0.0:
-        return logits.argmax(-1, keepdim=True)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=random)

@@ -9,7 +9,7 @@ from torch import Tensor
 from qcompiler import data
 from qcompiler.errors import ContractError, PassError, RecipeError
 from qcompiler.ops import qc
-from qcompiler.passes.gptq import Gptq, better, gptq, objective, refit_scale
+from qcompiler.passes.gptq import Candidate, Gptq, better, gptq, inverse_factor, objective, refit_scale, search_grid, solve
 from qcompiler.passes.rtn import Rtn
 from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
@@ -70,8 +70,30 @@ def test_rows_choose_for_themselves() -> None:
     weight, h = layer()
     good, bad = (QTensor.quantize(weight, Scheme.parse(s)) for s in ("int4:g16:asym", "int4:g16:asym"))
     worse = bad.with_parts(scale=torch.where(torch.arange(24)[:, None] < 12, bad.scale * 3, bad.scale))
-    chosen = better(weight, h, worse, good)
-    assert bool((objective(weight, chosen, h) <= objective(weight, good, h)).all())
+    chosen = better(*(Candidate(q, objective(weight, q, h)) for q in (worse, good)))
+    assert bool((objective(weight, chosen.q, h) <= objective(weight, good, h)).all())
+    assert torch.allclose(chosen.loss, objective(weight, chosen.q, h))
+
+
+def test_recursion_is_the_papers() -> None:
+    """Algorithm 1 without blocks: round a column, spread its error over those left by the inverse's Cholesky factor."""
+    weight, h = layer(columns=150)  # more than one block
+    scheme = Scheme.parse("int3:g50:asym")
+    scale, zero = search_grid(weight, h.diagonal(), scheme, clip=1.0)
+    u, order = inverse_factor(h, 0.01, act_order=True)
+    damped = (h + 0.01 * h.diagonal().mean() * torch.eye(150)).double()[order][:, order]
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    assert torch.allclose(u.double(), upper, rtol=1e-4, atol=1e-6)
+    rest, codes = weight[:, order].double(), torch.empty(24, 150, dtype=torch.uint8)
+    assert zero is not None
+    for i, column in enumerate(order.tolist()):
+        s, z = (part[:, column // 50].double() for part in (scale, zero))
+        code = (torch.round(rest[:, i] / s) + z).clamp(0, 7)
+        error = (rest[:, i] - (code - z) * s) / upper[i, i]
+        rest[:, i:] -= error[:, None] * upper[i, i:]
+        codes[:, column] = code.to(torch.uint8)
+    found = solve(weight, u, order, scheme, scale, zero)
+    assert float((found == codes).float().mean()) > 0.98  # single precision turns a few ties
 
 
 def test_channels_that_never_speak_are_rounded() -> None:

@@ -163,7 +163,7 @@ class SharedDecoder(Decoder):
             ids = ids.contiguous()
             self.runner.session.run_with_iobinding(self._bind(ids, positions))
         self.past += new
-        return self.logits[:, 0].clone()
+        return torch.from_numpy(self.logits.numpy()[:, 0].copy())  # numpy: see qcompiler/sampling.py
 
 
 class GrowingDecoder(Decoder):
