@@ -1,9 +1,9 @@
 """Speed of the 4-bit SmolLM2-135M on ONNX Runtime against llama.cpp, alternating in one run.
 
-    python benchmarks/speed.py ARTIFACT --peer-python .peers/bin/python --peer-model Q4_0.gguf [--rounds 7]
+    python benchmarks/speed.py ARTIFACT ... --peer-python .peers/bin/python --peer-model Q4_0.gguf [--rounds 7]
 
-Both sides use the same number of threads; prefill is 512 tokens with the logits of the last, decode 128 single
-tokens. While one side measures, the other waits. Writes results/speed.json: medians, and the median of the ratios.
+All use the same number of threads; prefill is 512 tokens with the logits of the last, decode 128 single tokens.
+While one measures, the others wait. Writes results/speed.json: medians, and the median of the ratios by round.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import os
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +30,45 @@ PROMPT, NEW = 512, 128
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path)
+    parser.add_argument("artifacts", type=Path, nargs="+")
     parser.add_argument("--peer-python", type=Path)
     parser.add_argument("--peer-model", type=Path)
     parser.add_argument("--engine", default="llama_cpp", choices=["llama_cpp", "xllamacpp"])
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
+    sessions = [qcompiler.load(folder) for folder in options.artifacts]
+    names = [session.report.recipe for session in sessions]
     peer = _peer(options) if options.peer_python else None
-    start = time.perf_counter()
-    session = qcompiler.load(options.artifact)
-    figures: dict[str, Any] = {"load_s": round(time.perf_counter() - start, 3), "backend": session.report.backend}
-    ids = torch.randint(0, vocabulary_of(session.program), (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    measures = {"prefill": lambda: _prefill(session, ids), "decode": lambda: _decode(session, ids)}
-    for measure in measures.values():
-        measure()
-    for what, measure in measures.items():
-        ours, theirs = [], []
-        for _ in range(options.rounds):
-            ours.append(measure())
-            if peer:
-                theirs.append(_ask(peer, what)["tokens_per_s"])
-        figures[f"{what}_tokens_per_s"] = _spread(ours)
+    ids = torch.randint(0, vocabulary_of(sessions[0].program), (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    figures: dict[str, Any] = {"prompt_tokens": PROMPT, "new_tokens": NEW, "recipes": {name: {} for name in names}}
+    for what, measure in {"prefill": partial(_prefill, ids=ids), "decode": partial(_decode, ids=ids)}.items():
+        runs: dict[str, Callable[[], float]] = {n: partial(measure, s) for n, s in zip(names, sessions, strict=True)}
         if peer:
-            ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-            figures[f"llama_cpp_{what}_tokens_per_s"] = _spread(theirs)
-            figures[f"{what}_vs_llama_cpp"] = round(ratio, 3)
+            runs["llama.cpp"] = partial(_ask, peer, what)
+        samples = _alternate(runs, options.rounds)
+        for name in names:
+            figures["recipes"][name][f"{what}_tokens_per_s"] = _spread(samples[name])
+            if peer:
+                ratios = [a / b for a, b in zip(samples[name], samples["llama.cpp"], strict=True)]
+                figures["recipes"][name][f"{what}_vs_llama_cpp"] = round(statistics.median(ratios), 3)
+        if peer:
+            figures.setdefault("llama.cpp", {"engine": options.engine, "model": options.peer_model.name})
+            figures["llama.cpp"][f"{what}_tokens_per_s"] = _spread(samples["llama.cpp"])
     if peer:
         peer.communicate("quit\n", timeout=60)
-        figures["peer"] = {"engine": options.engine, "model": options.peer_model.name}
     print(json.dumps(figures, indent=1))
-    print("written to", write("speed", figures))
+    print("written to", write("speed" if options.engine == "llama_cpp" else f"speed_{options.engine}", figures))
+
+
+def _alternate(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Every run once unmeasured, then one after the other, `rounds` times."""
+    for run in runs.values():
+        run()
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            samples[name].append(run())
+    return samples
 
 
 def _prefill(session: Any, ids: torch.Tensor) -> float:
@@ -94,18 +105,16 @@ def _peer(options: argparse.Namespace) -> "subprocess.Popen[str]":
     )
     assert peer.stdout is not None
     json.loads(peer.stdout.readline())  # its answer to being loaded
-    for what in ("prefill", "decode"):
-        _ask(peer, what)
     return peer
 
 
-def _ask(peer: "subprocess.Popen[str]", command: str) -> dict[str, Any]:
+def _ask(peer: "subprocess.Popen[str]", command: str) -> float:
+    """Tokens a second that the peer reaches at a command."""
     assert peer.stdin is not None
     assert peer.stdout is not None
     peer.stdin.write(command + "\n")
     peer.stdin.flush()
-    answer: dict[str, Any] = json.loads(peer.stdout.readline())
-    return answer
+    return float(json.loads(peer.stdout.readline())["tokens_per_s"])
 
 
 if __name__ == "__main__":

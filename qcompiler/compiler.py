@@ -125,13 +125,16 @@ def explain(
     return report
 
 
-def load(folder: str | Path, backend: str | None = None) -> Session:
-    """Load a saved artifact, on the backend it was compiled for unless another is named."""
+def load(folder: str | Path, backend: str | Backend | None = None) -> Session:
+    """Load a saved artifact, on the backend it was compiled for unless another is named.
+
+    A Backend with options of its own lowers the program again, by those options.
+    """
     saved = artifact.load(Path(folder))
-    name = backend or str(saved.manifest["backend"])
-    chosen = _backends(name)[0]
+    compiled_for = str(saved.manifest["backend"])
+    chosen = _backends(backend or compiled_for)[0]
     tokenizer = artifact.tokenizer(Path(folder))
-    if name == saved.manifest["backend"]:
+    if backend is None or backend == compiled_for:
         return Session(saved.program, chosen.load(saved.program, Path(folder)), saved.report, tokenizer, Path(folder))
     files = scratch_folder()
     runner = place(saved.program, [chosen]).backend.lower(saved.program, Path(files.name))

@@ -38,6 +38,21 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """How far two programs write the same greedy text from one prompt.
+
+    The first `same` tokens of `asked` are the same. Where they part, `gaps` says by how many logits each program
+    preferred its own token to the other's, and `difference` how far their logits are apart at most: of a tie, the gaps
+    are no larger than that difference.
+    """
+
+    same: int
+    asked: int
+    gaps: tuple[float, float] = (0.0, 0.0)
+    difference: float = 0.0
+
+
+@dataclass(frozen=True)
 class Speed:
     """How fast a program runs: medians over the repeats, in tokens a second and milliseconds a token."""
 
@@ -159,6 +174,23 @@ def _seconds(runner: Runner, prompt: Tensor, new_tokens: int) -> tuple[float, fl
     for _ in range(new_tokens):
         logits = decoder.step(choose(logits))
     return middle - start, time.perf_counter() - middle
+
+
+def agreement(a: Runner, b: Runner, ids: Tensor, new_tokens: int = 64) -> Agreement:
+    """Continue ids [1, length] greedily with both programs until they part, or for `new_tokens`.
+
+    Raises BackendError if a program has no cache.
+    """
+    decoders = [runner.decoder(1, ids.shape[1] + new_tokens) for runner in (a, b)]
+    step = ids
+    for done in range(new_tokens):
+        mine, other = (decoder.step(step)[0].float() for decoder in decoders)
+        step, different = choose(mine[None]), choose(other[None])
+        if not torch.equal(step, different):
+            i, j = int(step), int(different)
+            gaps = float(mine[i] - mine[j]), float(other[j] - other[i])
+            return Agreement(done, new_tokens, gaps, float((mine - other).abs().max()))
+    return Agreement(new_tokens, new_tokens)
 
 
 def peak_rss_mb() -> float:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from qcompiler import bench, evaluate
+from qcompiler import bench, compile, evaluate
+from qcompiler.backends.onnxruntime import OnnxRuntime
 from qcompiler.errors import BackendError, InputError, QCompilerError
+from qcompiler.plugins import lookup
 from qcompiler.target import Decoder, Runner
 from tests.programs import tiny_encoder, tiny_llama
 
@@ -63,6 +65,34 @@ def test_count_limits_the_windows_and_progress_is_told() -> None:
     seen: list[tuple[str, int, int]] = []
     evaluate.perplexity(table(0), text(1000), 100, 2, lambda *news: seen.append(news))
     assert seen == [("evaluating", 0, 2), ("evaluating", 1, 2), ("evaluating", 2, 2)]
+
+
+def test_two_backends_write_the_same_text() -> None:
+    session = compile(tiny_llama(), "canonicalize, rtn{scheme=int4:g32:asym}, kv_cache, pack", backend="onnxruntime")
+    reference, exact = (lookup("backends", "reference")(), OnnxRuntime(accuracy_level=0))
+    a, b = (backend.lower(session.program) for backend in (reference, exact))
+    for seed in range(8):
+        ids = torch.randint(evaluate.vocabulary_of(session.program), (1, 5 + seed), generator=torch.Generator().manual_seed(seed))
+        found = evaluate.agreement(a, b, ids, 64)
+        # Random weights make ties likely; a difference that is none would be a fault.
+        assert found.same == found.asked or max(found.gaps) <= 1e-3, found
+
+
+def test_where_texts_part_the_gaps_are_told() -> None:
+    class Fixed(Runner):
+        def __init__(self, *steps: list[float]) -> None:
+            self.steps = list(steps)
+
+        def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            raise NotImplementedError
+
+        def decoder(self, batch: int, capacity: int) -> Any:
+            return SimpleNamespace(step=lambda ids: torch.tensor([self.steps.pop(0)]))
+
+    a = Fixed([0.0, 1.0, 0.0], [2.0, 1.5, 0.0])
+    b = Fixed([0.0, 1.0, 0.0], [1.0, 1.25, 0.0])
+    found = evaluate.agreement(a, b, torch.tensor([[0]]), 8)
+    assert found == evaluate.Agreement(same=1, asked=8, gaps=(0.5, 0.25), difference=1.0)
 
 
 @pytest.mark.parametrize(

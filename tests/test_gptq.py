@@ -9,7 +9,17 @@ from torch import Tensor
 from qcompiler import data
 from qcompiler.errors import ContractError, PassError, RecipeError
 from qcompiler.ops import qc
-from qcompiler.passes.gptq import Candidate, Gptq, better, gptq, inverse_factor, objective, refit_scale, search_grid, solve
+from qcompiler.passes.gptq import (
+    Candidate,
+    Gptq,
+    better,
+    gptq,
+    inverse_factor,
+    objective,
+    refit_scale,
+    search_grid,
+    solve,
+)
 from qcompiler.passes.rtn import Rtn
 from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
