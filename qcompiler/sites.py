@@ -1,0 +1,164 @@
+"""Sites: channels that must be transformed together, and the weights that absorb the transform.
+
+`find(program, kind)` derives them from the graph (see axes.py); no architecture is named anywhere. A site's transform
+rewrites stored tensors only: the graph stays as it is, and so does the function.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompiler.axes import Axes, Kind, Use, analyze
+from qcompiler.errors import No, QCompilerError
+from qcompiler.program import Program
+
+
+@dataclass(frozen=True)
+class Site:
+    """Channels that are transformed together.
+
+    `blocks` x `channels` of them: a transform stays within a block (a head), and one block is like another.
+    `uses` are the stored tensors that take it up; `positions[i]`, int64 [blocks, copies, channels], says where use i
+    holds the channels: more than one copy where heads share a key, or tensors an angle. `exponents[i]`, of the same
+    shape, is -1 where a factor divides.
+    """
+
+    kind: Kind
+    uses: tuple[Use, ...]
+    positions: tuple[Tensor, ...]
+    exponents: tuple[Tensor, ...]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of channels there are."""
+        return self.positions[0].shape[0]
+
+    @property
+    def channels(self) -> int:
+        """How many channels a block has."""
+        return self.positions[0].shape[2]
+
+    def __str__(self) -> str:
+        size = f"{self.blocks} x {self.channels}" if self.blocks > 1 else f"{self.channels}"
+        return f"{self.kind.value} {size} channels: {', '.join(map(str, self.uses))}"
+
+    def permute(self, program: Program, index: Tensor) -> None:
+        """Bring channel `index[b, i]` of block b to place i; index is int64 [blocks, channels]."""
+        self._admits(Kind.PERMUTE, index, (self.blocks, self.channels))
+        if not torch.equal(index.sort(-1).values, torch.arange(self.channels).expand_as(index)):
+            raise QCompilerError(f"an index must hold each of 0 to {self.channels - 1} once in every block of {self}")
+        for use, places in zip(self.uses, self.positions, strict=True):
+            tensor = program.tensors[use.tensor]
+            flat = tensor.reshape(-1) if use.axis is None else tensor.movedim(use.axis, 0)
+            order = torch.arange(flat.shape[0])
+            order[places] = places.gather(2, index[:, None].expand_as(places))
+            self._store(program, use, flat[order], tensor)
+
+    def scale(self, program: Program, factors: Tensor) -> None:
+        """Multiply the channels by factors [blocks, channels] > 0; what reads them divides."""
+        self._admits(Kind.SCALE, factors, (self.blocks, self.channels))
+        if not bool((torch.isfinite(factors) & (factors > 0)).all()):
+            raise QCompilerError(f"factors must be finite and positive, at {self}")
+        for use, places, exponents in zip(self.uses, self.positions, self.exponents, strict=True):
+            tensor = program.tensors[use.tensor]
+            flat = tensor.reshape(-1) if use.axis is None else tensor.movedim(use.axis, 0)
+            whole = torch.ones(flat.shape[0], dtype=factors.dtype)
+            whole[places] = factors[:, None].expand(places.shape) ** (use.power * exponents)
+            scaled = flat * whole.to(flat.dtype).view(-1, *[1] * (flat.dim() - 1))
+            self._store(program, use, scaled, tensor)
+
+    def rotate(self, program: Program, matrix: Tensor) -> None:
+        """Mix the channels: y = R x with an orthogonal matrix [blocks or 1, channels, channels]."""
+        matrix = matrix.expand(self.blocks, -1, -1)
+        self._admits(Kind.ROTATE, matrix, (self.blocks, self.channels, self.channels))
+        unit = torch.eye(self.channels, dtype=matrix.dtype)
+        if not torch.allclose(matrix @ matrix.mT, unit.expand_as(matrix), atol=1e-4):
+            raise QCompilerError(f"a rotation must be orthogonal, at {self}")
+        for use, places in zip(self.uses, self.positions, strict=True):
+            tensor = program.tensors[use.tensor]
+            flat = (tensor.reshape(-1) if use.axis is None else tensor.movedim(use.axis, 0)).clone()
+            flat[places] = torch.einsum("bij,bcj...->bci...", matrix.to(flat.dtype), flat[places])
+            self._store(program, use, flat, tensor)
+
+    def _admits(self, kind: Kind, given: Tensor, shape: tuple[int, ...]) -> None:
+        if self.kind is not kind:
+            raise QCompilerError(f"this is a site to {self.kind.value}, not to {kind.value}: {self}")
+        if tuple(given.shape) != shape:
+            raise QCompilerError(f"{list(shape)} is the shape to give, not {list(given.shape)}, at {self}")
+
+    def _store(self, program: Program, use: Use, flat: Tensor, like: Tensor) -> None:
+        whole = flat.view(like.shape) if use.axis is None else flat.movedim(0, use.axis)
+        program.tensors[use.tensor] = whole.contiguous()
+        program.codes.pop(use.tensor, None)  # they were those of the tensor as it came
+
+
+def find(program: Program, kind: Kind) -> list[Site]:
+    """All sites of a program for one kind of transform, in the order of its graph."""
+    return list(_sites(analyze(program, kind)))
+
+
+def ends(program: Program, kind: Kind) -> list[No]:
+    """Why other channels of stored tensors are not free: each reason once, with the place."""
+    return list(dict.fromkeys(reason for _, reason in analyze(program, kind).fixed))
+
+
+def _sites(axes: Axes) -> Iterator[Site]:
+    classes, exponents = axes.classes()
+    cells, groups = _signatures(axes, classes)
+    members = torch.nonzero((classes > 0) & (groups != 0)).flatten()
+    found: dict[int, dict[int, list[int]]] = {}
+    seen: set[int] = set()
+    for label in members.tolist():  # in the order of the graph
+        kind = int(classes[label])
+        if kind not in seen:
+            seen.add(kind)
+            found.setdefault(int(groups[label]), {}).setdefault(int(cells[label]), []).append(kind)
+    for blocks in found.values():
+        sizes = sorted({len(cell) for cell in blocks.values()})
+        for size in sizes:
+            if size > 1 or axes.kind is Kind.SCALE:
+                yield _site(axes, [cell for cell in blocks.values() if len(cell) == size], classes, exponents)
+
+
+def _site(axes: Axes, blocks: list[list[int]], classes: Tensor, exponents: Tensor) -> Site:
+    """Where each stored tensor holds the channels of some blocks of equal size."""
+    wanted = torch.tensor(blocks)
+    uses, positions, signs = [], [], []
+    for use in {use.key: use for use in reversed(axes.uses)}.values():  # a tied tensor is rewritten once
+        labels = use.labels.flatten()
+        here = classes[labels]
+        places = torch.argsort(here, stable=True)
+        ordered = here[places]
+        first = torch.searchsorted(ordered, wanted)
+        copies = int(torch.searchsorted(ordered, wanted[0, 0], right=True)) - int(first[0, 0])
+        if copies and bool((ordered[first.clamp(max=len(ordered) - 1)] == wanted).all()):
+            found = places[first[:, None] + torch.arange(copies)[None, :, None]]
+            uses.append(use)
+            positions.append(found)
+            signs.append(exponents[labels][found])
+    return Site(axes.kind, *(tuple(reversed(part)) for part in (uses, positions, signs)))
+
+
+def _signatures(axes: Axes, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Two numbers for each label: equal cells may trade places, equal groups are of one site.
+
+    A cell's channels lie in the same blocks and are held, equally often, by the same tensors; a site's by the same
+    tensors. Each block and each use has a random number; sums of them tell sets apart.
+    """
+    random = torch.Generator().manual_seed(0)
+    count = int(classes.max()) + 1
+
+    def number() -> Tensor:
+        return torch.randint(-(2**62), 2**62, (1,), generator=random)
+
+    held, kept = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
+    for use in {use.key: use for use in axes.uses}.values():
+        here = classes[use.labels.flatten()]
+        held.index_add_(0, here, number().expand(len(here)))
+    for block in axes.blocks:
+        for row in block:
+            inside = classes[row.clamp(min=0)].unique()
+            kept.index_add_(0, inside, number().expand(len(inside)))
+    return (held * 3 + kept)[classes], held[classes]
