@@ -11,6 +11,7 @@ of the classes. Three analyses share the rules:
 - ROTATE: channels may be mixed by an orthogonal matrix.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -79,6 +80,7 @@ class Axes:
     pinned: dict[str, No] = field(default_factory=dict)  # stored tensors that something reads in a way of its own
     _ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _axes: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
+    _known: set[tuple[str, int | None, int]] = field(default_factory=set)
 
     # -- what rules do -----------------------------------------------------------------------------------------
 
@@ -98,7 +100,7 @@ class Axes:
     def fix(self, labels: Any, reason: str, node: fx.Node) -> None:
         """These channels must stay as they are."""
         for value in _leaves(labels):
-            if isinstance(value, Stored):
+            if isinstance(value, (Stored, Picked)):
                 self.pinned[value.name] = No(reason, place(node))
                 continue
             free = value[value > FIXED]
@@ -118,7 +120,8 @@ class Axes:
         labels = self._axes.get((name, axis))
         if labels is None:
             labels = self._axes[name, axis] = self.fresh(*shape)
-        if not any(use.key == (name, axis) and use.power == power for use in self.uses):
+        if (name, axis, power) not in self._known:
+            self._known.add((name, axis, power))
             self.uses.append(Use(name, axis, labels, power))
         return labels
 
@@ -210,7 +213,7 @@ def place(node: fx.Node) -> str:
 
 def _leaves(value: Any) -> Iterable[Any]:
     """The labels and stored tensors among a node's operands."""
-    if isinstance(value, (Tensor, Stored)):
+    if isinstance(value, (Tensor, Stored, Picked)):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
@@ -232,9 +235,24 @@ def labels_of(axes: Axes, argument: Any, power: int = 1) -> Tensor:
 def moved(axes: Axes, node: fx.Node) -> Any:
     """Reshape and its like: the labels take the value's new shape."""
     labels, shape = labels_of(axes, node.args[0]), axes.type_of(node)
-    if labels.numel() != torch.Size(shape).numel():
-        return axes.unknown(node, "it mixes channels with positions")
-    return labels.reshape(shape)
+    size = torch.Size(shape).numel()
+    if labels.numel() == size:
+        return labels.reshape(shape)
+    # A dynamic size takes in or gives up a static factor: positions x 2 experts each, for one.
+    if labels.numel() % size == 0:
+        rows = labels.reshape(-1, size)
+        axes.tie(rows, rows[:1])
+        return rows[0].reshape(shape)
+    for start in range(len(shape)):
+        if torch.Size(shape[start:]).numel() == labels.numel():
+            return labels.reshape(shape[start:]).expand(shape)
+    return axes.unknown(node, "it mixes channels with positions")
+
+
+def repeated(axes: Axes, node: fx.Node) -> Any:
+    """Repetition along a dynamic size changes no channels."""
+    x = labels_of(axes, node.args[0])
+    return x if axes.type_of(node) == tuple(x.shape) else axes.unknown(node)
 
 
 def expanded(axes: Axes, node: fx.Node) -> Any:
@@ -296,7 +314,7 @@ def _except(shape: Sequence[int], dim: int, size: int) -> list[int]:
 def chosen(axes: Axes, node: fx.Node) -> Any:
     """One of several outputs."""
     value, index = axes.env[node.args[0]], node.args[1]  # type: ignore[index]
-    return value[index] if isinstance(value, list) else axes.unknown(node)
+    return value[index] if isinstance(value, list) and isinstance(index, int) else axes.unknown(node)
 
 
 # -- rules: elementwise ----------------------------------------------------------------------------------------
@@ -446,12 +464,50 @@ def _all_ones(axes: Axes, parameters: Sequence[fx.Node]) -> bool:
 
 
 def reduced(axes: Axes, node: fx.Node) -> Any:
-    """A sum or mean over all channels: the order does not matter to it, anything else does."""
+    """A sum or mean: of equals it passes anything; over all channels it does not matter in which order."""
     x, shape = labels_of(axes, node.args[0]), axes.type_of(node)
+    dims: list[int] = [d % x.dim() for d in node.args[1]]  # type: ignore[union-attr, operator, misc]
+    first = x
+    for dim in dims:
+        first = first.narrow(dim, 0, 1)
+    if torch.Size(shape).numel() > 1 and bool((x == first).all()):
+        return first.reshape(shape)
     if torch.Size(shape).numel() > 1 or axes.kind is not Kind.PERMUTE:
         return axes.unknown(node)
     axes.block(x.reshape(1, -1))
     return torch.full(shape, NONE)
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Matrices picked from a stored stack [experts, n, k], one for each position; all experts share their channels."""
+
+    name: str
+
+
+def indexed(axes: Axes, node: fx.Node) -> Any:
+    """Experts picked by position; channels picked by a stored index. Anything else is unknown."""
+    value, indices = axes.env[node.args[0]], node.args[1]  # type: ignore[index]
+    assert isinstance(indices, (list, tuple))
+    stored = [axes.env[i] if isinstance(i, fx.Node) else None for i in indices]
+    if isinstance(value, Stored) and len(indices) == 1 and len(node.meta["type"].shape) == 3:
+        return Picked(value.name)
+    if isinstance(value, Tensor) and all(i is None or isinstance(i, Stored) for i in stored):
+        found = value[tuple(slice(None) if i is None else axes.program.tensors[i.name] for i in stored)]
+        axes.block(found.reshape(1, -1))
+        return found
+    return axes.unknown(node)
+
+
+def batched(axes: Axes, node: fx.Node) -> Any:
+    """W x with a matrix for each position: as a linear layer."""
+    picked, x = axes.env[node.args[0]], labels_of(axes, node.args[1])  # type: ignore[index]
+    if not isinstance(picked, Picked) or x.shape[-1] != 1:
+        return axes.unknown(node)
+    columns = axes.stored(picked.name, 2, power=-1)
+    axes.tie(x.flatten(), columns)
+    axes.block(columns[None])
+    return axes.stored(picked.name, 1)[:, None].expand(axes.type_of(node))
 
 
 def rope(axes: Axes, node: fx.Node) -> Any:
@@ -543,6 +599,10 @@ RULES: dict[Any, Rule] = {
     aten.add.Tensor: added,
     aten.sub.Tensor: added,
     aten.mul.Tensor: multiplied,
+    operator.getitem: chosen,
+    aten.index.Tensor: indexed,
+    aten.bmm.default: batched,
+    aten.repeat_interleave.self_int: repeated,
     aten.mean.dim: reduced,
     aten.sum.dim_IntList: reduced,
     aten.sym_size.int: number,

@@ -6,6 +6,7 @@ rewrites stored tensors only: the graph stays as it is, and so does the function
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from qcompiler.axes import Axes, Kind, Use, analyze
 from qcompiler.errors import No, QCompilerError
 from qcompiler.program import Program
+
+__all__ = ["Kind", "Site", "ends", "find"]
 
 
 @dataclass(frozen=True)
@@ -107,38 +110,56 @@ def ends(program: Program, kind: Kind) -> list[No]:
 def _sites(axes: Axes) -> Iterator[Site]:
     classes, exponents = axes.classes()
     cells, groups = _signatures(axes, classes)
-    members = torch.nonzero((classes > 0) & (groups != 0)).flatten()
+    holders = _holders(axes, classes)
     found: dict[int, dict[int, list[int]]] = {}
-    seen: set[int] = set()
-    for label in members.tolist():  # in the order of the graph
-        kind = int(classes[label])
-        if kind not in seen:
-            seen.add(kind)
-            found.setdefault(int(groups[label]), {}).setdefault(int(cells[label]), []).append(kind)
+    first = _first_labels(classes, (classes > 0) & (groups != 0))  # in the order of the graph
+    for group, cell, kind in zip(*(part[first].tolist() for part in (groups, cells, classes)), strict=True):
+        found.setdefault(group, {}).setdefault(cell, []).append(kind)
     for blocks in found.values():
-        sizes = sorted({len(cell) for cell in blocks.values()})
-        for size in sizes:
+        for size in sorted({len(cell) for cell in blocks.values()}):
             if size > 1 or axes.kind is Kind.SCALE:
-                yield _site(axes, [cell for cell in blocks.values() if len(cell) == size], classes, exponents)
+                same = torch.tensor([cell for cell in blocks.values() if len(cell) == size])
+                yield _site(axes.kind, same, holders, exponents)
 
 
-def _site(axes: Axes, blocks: list[list[int]], classes: Tensor, exponents: Tensor) -> Site:
-    """Where each stored tensor holds the channels of some blocks of equal size."""
-    wanted = torch.tensor(blocks)
-    uses, positions, signs = [], [], []
+def _first_labels(classes: Tensor, wanted: Tensor) -> Tensor:
+    """The first label of each class among those wanted, ascending."""
+    labels = torch.nonzero(wanted).flatten()
+    first = torch.full((int(classes.max()) + 1,), len(classes))
+    first.scatter_reduce_(0, classes[labels], labels, "amin")
+    return first[first < len(classes)].sort().values
+
+
+class _Holder(NamedTuple):
+    """A use, its elements by class: `places[i]` is of class `ordered[i]`."""
+
+    use: Use
+    places: Tensor
+    ordered: Tensor
+    known: frozenset[int]
+
+
+def _holders(axes: Axes, classes: Tensor) -> list[_Holder]:
+    holders = []
     for use in {use.key: use for use in reversed(axes.uses)}.values():  # a tied tensor is rewritten once
-        labels = use.labels.flatten()
-        here = classes[labels]
-        places = torch.argsort(here, stable=True)
-        ordered = here[places]
-        first = torch.searchsorted(ordered, wanted)
-        copies = int(torch.searchsorted(ordered, wanted[0, 0], right=True)) - int(first[0, 0])
-        if copies and bool((ordered[first.clamp(max=len(ordered) - 1)] == wanted).all()):
+        ordered, places = torch.sort(classes[use.labels.flatten()], stable=True)
+        holders.append(_Holder(use, places, ordered, frozenset(ordered.tolist())))
+    return holders[::-1]
+
+
+def _site(kind: Kind, blocks: Tensor, holders: list[_Holder], exponents: Tensor) -> Site:
+    """Where each stored tensor holds the channels, given by class: int64 [blocks, channels]."""
+    uses, positions, signs = [], [], []
+    sample = int(blocks[0, 0])
+    for use, places, ordered, known in holders:
+        if sample in known:  # of one site are the classes that the same tensors hold
+            first = torch.searchsorted(ordered, blocks)
+            copies = int((ordered == sample).sum())
             found = places[first[:, None] + torch.arange(copies)[None, :, None]]
             uses.append(use)
             positions.append(found)
-            signs.append(exponents[labels][found])
-    return Site(axes.kind, *(tuple(reversed(part)) for part in (uses, positions, signs)))
+            signs.append(exponents[use.labels.flatten()][found])
+    return Site(kind, tuple(uses), tuple(positions), tuple(signs))
 
 
 def _signatures(axes: Axes, classes: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from qcompiler.program import Input, Program, Type
 from qcompiler.recipe import Recipe
 from qcompiler.report import PassRecord
 from qcompiler.scheme import QTensor, Scheme
+from qcompiler.sites import Kind, Site, find
 
 aten = torch.ops.aten
 ROWS = 24
@@ -73,6 +74,55 @@ def check_pass(subject: Pass | type[Pass], /, *programs: Program, **options: Any
 
 
 # -- the checks ----------------------------------------------------------------------------------------------------
+
+
+def check_sites(program: Program, kind: Kind, seed: int = 0) -> tuple[int, float]:
+    """Transform every site of a canonical program at random, all at once, in double precision.
+
+    Returns how many sites there are, and the largest change of an output relative to the largest output.
+    """
+    random_numbers = torch.Generator().manual_seed(seed)
+    changed = in_double(program)
+    samples = [
+        {name: value.double() if value.is_floating_point() else value for name, value in sample.items()}
+        for sample in data.check_samples(program, seed)
+    ]
+    before = [_real_outputs(changed, sample) for sample in samples]
+    sites = find(changed, kind)
+    for site in sites:
+        transform(changed, site, random_numbers)
+    after = [_real_outputs(changed, sample) for sample in samples]
+    largest = max(float(value.abs().max()) for value in before)
+    return len(sites), max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True)) / largest
+
+
+def transform(program: Program, site: Site, generator: torch.Generator) -> None:
+    """Transform a site at random, by what it admits."""
+    size = (site.blocks, site.channels)
+    if site.kind is Kind.PERMUTE:
+        site.permute(program, torch.rand(size, generator=generator).argsort(-1))
+    elif site.kind is Kind.SCALE:
+        site.scale(program, torch.rand(size, generator=generator, dtype=torch.float64) + 0.5)
+    else:
+        mixed = torch.randn(*size, site.channels, generator=generator, dtype=torch.float64)
+        site.rotate(program, torch.linalg.qr(mixed)[0])
+
+
+def in_double(program: Program) -> Program:
+    """A copy that computes in double precision throughout."""
+    copy = program.copy()
+    copy.tensors = {name: t.double() if t.is_floating_point() else t for name, t in copy.tensors.items()}
+    for node in copy.calls():
+        kind = node.kwargs.get("dtype")
+        if isinstance(kind, torch.dtype) and kind.is_floating_point:
+            node.update_kwarg("dtype", torch.float64)
+    return copy
+
+
+def _real_outputs(program: Program, sample: Mapping[str, Tensor]) -> Tensor:
+    """The first output, at real tokens: at padding it means nothing."""
+    output, mask = program(**sample)[program.outputs[0]], sample.get("attention_mask")
+    return output if mask is None or mask.shape != output.shape[:2] else output[mask.bool()]
 
 
 def _declaration(step: Pass) -> Iterator[Outcome]:

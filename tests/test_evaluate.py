@@ -72,7 +72,9 @@ def test_two_backends_write_the_same_text() -> None:
     reference, exact = (lookup("backends", "reference")(), OnnxRuntime(accuracy_level=0))
     a, b = (backend.lower(session.program) for backend in (reference, exact))
     for seed in range(8):
-        ids = torch.randint(evaluate.vocabulary_of(session.program), (1, 5 + seed), generator=torch.Generator().manual_seed(seed))
+        ids = torch.randint(
+            evaluate.vocabulary_of(session.program), (1, 5 + seed), generator=torch.Generator().manual_seed(seed)
+        )
         found = evaluate.agreement(a, b, ids, 64)
         # Random weights make ties likely; a difference that is none would be a fault.
         assert found.same == found.asked or max(found.gaps) <= 1e-3, found

@@ -1,0 +1,208 @@
+"""Symmetry sites: found where a person would find them, and transforming them all changes nothing."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qcompiler import data
+from qcompiler.errors import QCompilerError
+from qcompiler.passes.canonicalize import Canonicalize
+from qcompiler.pipeline import Context, Runner
+from qcompiler.program import Program
+from qcompiler.sites import Kind, Site, ends, find
+from qcompiler.testing import check_sites, in_double
+from tests.programs import tiny_encoder, tiny_llama
+from tests.test_canonicalize import canonical, random
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+FAMILIES = (
+    "bert",  # norms after the sums: the residual stream is one site all the same, factors end at each norm
+    "bloom",  # one matrix for query, key and value, head by head
+    "cohere",  # interleaved rotary; one norm feeds attention and MLP
+    "falcon",  # one key for all heads, picked out of the fused matrix
+    "gemma2",  # norms around each block
+    "gemma3_text",  # query and key norms shared by the heads; two rotary tables
+    "gpt2",  # a fused matrix split in three; tied embeddings
+    "gpt_neox",  # partial rotary inside a fused matrix, parallel blocks
+    "llama",
+    "mistral",
+    "mixtral",  # experts: stacks of matrices that share their channels
+    "olmo2",  # query and key norms over all heads together
+    "opt",  # relu lets factors through
+    "phi",  # partial rotary, parallel blocks
+    "phi3",  # gate and up in one matrix
+    "qwen2",  # biases
+    "qwen3",  # query and key norms
+    "stablelm",  # a norm for each head
+)
+QUICK = ("llama", "gpt2", "bert", "gemma3_text", "mixtral")
+
+
+def canonicalized(program: Program) -> Program:
+    Runner(Context(), data.check_samples(program)).run(program, [Canonicalize()])
+    return program
+
+
+def listed(program: Program) -> str:
+    """Every site, a line each; then why the others end, each reason once."""
+    lines = []
+    for kind in Kind:
+        lines += [str(site) for site in find(program, kind)]
+        lines += [f"  no: {reason}" for reason in sorted({no.reason for no in ends(program, kind)})]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES])
+def test_families(family: str, golden: Callable[[str, str], None]) -> None:
+    from tiny_models import tiny_model
+
+    from qcompiler.frontends.huggingface import capture
+
+    program = canonicalized(capture(tiny_model(family)))
+    golden(f"sites/{family}", listed(program))
+    for kind in Kind:
+        _, change = check_sites(program, kind)
+        assert change <= 1e-9, kind
+
+
+@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("make", [tiny_llama, tiny_encoder])
+def test_transforming_every_site_changes_nothing(make: Callable[[], Program], kind: Kind) -> None:
+    count, change = check_sites(canonicalized(make()), kind, seed=3)
+    assert count >= 2
+    assert change <= 1e-12
+
+
+def test_the_check_can_fail() -> None:
+    """A site that forgets one of its tensors changes the outputs."""
+    program = in_double(canonicalized(tiny_llama()))
+    sample = data.check_samples(program)[0]
+    before = program(**sample)["logits"]
+    site = next(s for s in find(program, Kind.PERMUTE) if "gate_proj" in str(s) and "down_proj" in str(s))
+    partial = Site(site.kind, site.uses[:-1], site.positions[:-1], site.exponents[:-1])
+    partial.permute(program, torch.arange(site.channels).flip(0)[None])
+    assert not torch.allclose(program(**sample)["logits"], before)
+
+
+# -- rules, one by one ---------------------------------------------------------------------------------------------
+
+
+def mlp(act: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda up, down, x: F.linear(act(F.linear(x, up)), down)
+
+
+def glu(up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+    gate, value = F.linear(x, up).chunk(2, -1)
+    return F.linear(F.silu(gate) * value, down)
+
+
+def halves(up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+    """The first half goes through a function, the second does not: they must not mix."""
+    first, second = F.linear(x, up).split([8, 16], -1)
+    return F.linear(torch.cat([torch.tanh(first), second], -1), down)
+
+
+def one_for_all(up: Tensor, down: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """A factor for each head: a channel stays in its head."""
+    heads = F.linear(x, up).unflatten(-1, (4, 6)) * weight
+    return F.linear(heads.flatten(-2), down)
+
+
+def reads(what: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda up, down, x: F.linear(what(F.linear(x, up)), down)
+
+
+BOTH = "up rows, down columns"
+RULES: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], list[str]]] = {
+    "two linear layers admit anything": (
+        mlp(lambda x: x),
+        {"up": random(24, 10), "down": random(7, 24)},
+        [f"permute 24 channels: {BOTH}", f"scale 24 channels: {BOTH}", f"rotate 24 channels: {BOTH}"],
+    ),
+    "relu lets factors through": (
+        mlp(F.relu),
+        {"up": random(24, 10), "down": random(7, 24)},
+        [f"permute 24 channels: {BOTH}", f"scale 24 channels: {BOTH}"],
+    ),
+    "silu does not": (
+        mlp(F.silu),
+        {"up": random(24, 10), "down": random(7, 24)},
+        [f"permute 24 channels: {BOTH}"],
+    ),
+    "a gate ties two halves of one matrix; factors pass through the other half": (
+        glu,
+        {"up": random(48, 10), "down": random(7, 24)},
+        [f"permute 24 channels: {BOTH}", f"scale 24 channels: {BOTH}"],
+    ),
+    "pieces that are treated differently": (
+        halves,
+        {"up": random(24, 10), "down": random(7, 24)},
+        [f"{what} channels: {BOTH}" for what in ("permute 8", "permute 16", "scale 16", "rotate 16")],
+    ),
+    "a factor for each head": (
+        one_for_all,
+        {"up": random(24, 10), "down": random(7, 24), "weight": random(4, 1)},
+        [f"permute 4 x 6 channels: {BOTH}", f"scale 24 channels: {BOTH}"],
+    ),
+    "a sum over channels does not mind their order": (
+        lambda up, down, x: F.linear(F.linear(x, up) * F.linear(x, up).mean(-1, keepdim=True), down),
+        {"up": random(24, 10), "down": random(7, 24)},
+        [f"permute 24 channels: {BOTH}"],
+    ),
+    "an unknown operator fixes what it reads": (
+        reads(lambda x: x.cumsum(-1)),
+        {"up": random(24, 10), "down": random(7, 24)},
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules(rule: str) -> None:
+    function, parameters, expected = RULES[rule]
+    program, _ = canonical(function, {"x": random(2, 5, 10)}, **parameters)
+    assert [str(site) for kind in Kind for site in find(program, kind)] == expected
+    for kind in Kind:
+        assert check_sites(program, kind)[1] <= 1e-12
+
+
+def test_a_refusal_names_the_operator_and_the_place() -> None:
+    program, _ = canonical(
+        reads(lambda x: x.cumsum(-1)), {"x": random(2, 5, 10)}, up=random(24, 10), down=random(7, 24)
+    )
+    reasons = [no.reason for no in ends(program, Kind.PERMUTE)]
+    assert "aten.cumsum reads it" in reasons
+    assert "the program returns it" in reasons
+
+
+# -- bad requests --------------------------------------------------------------------------------------------------
+
+
+def two_layers(kind: Kind) -> tuple[Program, Site]:
+    program, _ = canonical(mlp(lambda x: x), {"x": random(2, 5, 10)}, up=random(24, 10), down=random(7, 24))
+    return program, find(program, kind)[0]
+
+
+BAD: list[tuple[Kind, str, Any, str]] = [
+    (Kind.SCALE, "permute", torch.arange(24)[None], "this is a site to scale, not to permute"),
+    (Kind.PERMUTE, "permute", torch.arange(23)[None], r"\[1, 24\] is the shape to give, not \[1, 23\]"),
+    (Kind.PERMUTE, "permute", torch.zeros(1, 24, dtype=torch.int64), "must hold each of 0 to 23 once"),
+    (Kind.SCALE, "scale", torch.zeros(1, 24), "factors must be finite and positive"),
+    (Kind.ROTATE, "rotate", torch.ones(1, 24, 24), "a rotation must be orthogonal"),
+]
+
+
+@pytest.mark.parametrize(("kind", "method", "given", "said"), BAD)
+def test_bad_requests(kind: Kind, method: str, given: Tensor, said: str) -> None:
+    program, site = two_layers(kind)
+    before = dict(program.tensors)
+    with pytest.raises(QCompilerError, match=said):
+        getattr(site, method)(program, given)
+    assert all(program.tensors[name] is tensor for name, tensor in before.items())
