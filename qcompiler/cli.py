@@ -213,11 +213,21 @@ def bench_child() -> None:
 
 
 @app.command()
-def inspect(model: Either, as_json: Json = False) -> None:
+def inspect(
+    model: Either,
+    sites: Annotated[
+        bool, typer.Option("--sites", help="Which channels may be permuted, scaled or rotated together, and why not.")
+    ] = False,
+    drawing: Annotated[Path | None, typer.Option("--draw", help="Draw the sites into this SVG file.")] = None,
+    as_json: Json = False,
+) -> None:
     """What is inside: of a compiled folder layers, schemes, sizes, errors, refusals; of a MODEL its graph."""
     from qcompiler import artifact
     from qcompiler.calibration import mark_segments
 
+    if sites or drawing:
+        _inspect_sites(model, drawing, as_json)
+        return
     report = None
     if is_artifact(model):
         saved = artifact.load(Path(model))
@@ -233,6 +243,27 @@ def inspect(model: Either, as_json: Json = False) -> None:
     if report:
         console.print(show.report_view(report, layers=True))
     console.print(show.program_view(facts))
+
+
+def _inspect_sites(model: str, drawing: Path | None, as_json: bool) -> None:
+    from qcompiler.data import check_samples
+    from qcompiler.pipeline import Context, Runner
+    from qcompiler.recipe import build
+    from qcompiler.sites_view import draw, sites_facts, sites_view
+
+    if is_artifact(model):
+        raise InputError("sites are found before quantization; give the model itself, not a compiled folder")
+    program = _capture(model)
+    with Reporter() as progress:
+        progress("finding sites", 0, 0)
+        Runner(Context(), check_samples(program)).run(program, [build("canonicalize", {})])
+        facts = sites_facts(program)
+    if drawing:
+        drawing.write_text(draw(facts), encoding="utf-8")
+    if as_json:
+        _print_json(facts)
+    else:
+        Console().print(sites_view(facts))
 
 
 @app.command()

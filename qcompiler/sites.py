@@ -15,7 +15,7 @@ from qcompiler.axes import Axes, Kind, Use, analyze
 from qcompiler.errors import No, QCompilerError
 from qcompiler.program import Program
 
-__all__ = ["Kind", "Site", "ends", "find"]
+__all__ = ["Kind", "Site", "find", "find_with_ends"]
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,14 @@ class Site:
 
 
 def find(program: Program, kind: Kind) -> list[Site]:
-    """All sites of a program for one kind of transform, in the order of its graph."""
+    """All sites of a canonical program for one kind of transform, in the order of its graph."""
     return list(_sites(analyze(program, kind)))
 
 
-def ends(program: Program, kind: Kind) -> list[No]:
-    """Why other channels of stored tensors are not free: each reason once, with the place."""
-    return list(dict.fromkeys(reason for _, reason in analyze(program, kind).fixed))
+def find_with_ends(program: Program, kind: Kind) -> tuple[list[Site], list[No]]:
+    """All sites, and why other channels are not free: each reason once a place."""
+    axes = analyze(program, kind)
+    return list(_sites(axes)), list(dict.fromkeys(reason for _, reason in axes.fixed))
 
 
 def _sites(axes: Axes) -> Iterator[Site]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -119,6 +120,20 @@ def test_bench(compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = told(capsys, "bench", compiled, *options)
     assert set(found) == SPEED_KEYS
     assert all(value > 0 for value in found.values())
+
+
+def test_inspect_sites(model: Path, compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawing = tmp_path / "sites.svg"
+    found = told(capsys, "inspect", model, "--sites", "--draw", drawing)
+    kinds = {site["kind"] for site in found["sites"]}
+    assert kinds == {"permute", "scale", "rotate"}
+    assert "the program returns it" in found["ends"]["permute"]
+    assert drawing.read_text().count("<circle") == len(found["sites"])
+    ElementTree.fromstring(drawing.read_text())
+    shown = said(capsys, "inspect", model, "--sites")
+    assert "absorbed by" in shown
+    assert "Where others end" in shown
+    assert "give the model itself" in refused(capsys, "inspect", compiled, "--sites")
 
 
 def test_inspect(compiled: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

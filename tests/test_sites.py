@@ -15,7 +15,7 @@ from qcompiler.errors import QCompilerError
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
-from qcompiler.sites import Kind, Site, ends, find
+from qcompiler.sites import Kind, Site, find, find_with_ends
 from qcompiler.testing import check_sites, in_double
 from tests.programs import tiny_encoder, tiny_llama
 from tests.test_canonicalize import canonical, random
@@ -54,8 +54,9 @@ def listed(program: Program) -> str:
     """Every site, a line each; then why the others end, each reason once."""
     lines = []
     for kind in Kind:
-        lines += [str(site) for site in find(program, kind)]
-        lines += [f"  no: {reason}" for reason in sorted({no.reason for no in ends(program, kind)})]
+        sites, ends = find_with_ends(program, kind)
+        lines += [str(site) for site in sites]
+        lines += [f"  no: {reason}" for reason in sorted({no.reason for no in ends})]
     return "\n".join(lines)
 
 
@@ -177,7 +178,7 @@ def test_a_refusal_names_the_operator_and_the_place() -> None:
     program, _ = canonical(
         reads(lambda x: x.cumsum(-1)), {"x": random(2, 5, 10)}, up=random(24, 10), down=random(7, 24)
     )
-    reasons = [no.reason for no in ends(program, Kind.PERMUTE)]
+    reasons = [no.reason for no in find_with_ends(program, Kind.PERMUTE)[1]]
     assert "aten.cumsum reads it" in reasons
     assert "the program returns it" in reasons
 
