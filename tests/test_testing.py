@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qcompiler.errors import No, PassError
+from qcompiler.passes.awq import Awq
 from qcompiler.passes.fuse import Fuse
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.kv_cache import KvCache
@@ -24,7 +25,7 @@ G32 = Scheme.parse("int4:g32:asym")
 
 
 @pytest.mark.parametrize(
-    "subject", [Rtn(), Rtn(G32), Gptq(G32), Gptq(Scheme.parse("int3:channel:asym")), Pack(), Fuse()], ids=str
+    "subject", [Rtn(), Rtn(G32), Gptq(G32), Gptq(Scheme.parse("int3:channel:asym")), Awq(G32), Pack(), Fuse()], ids=str
 )
 def test_built_in_passes_conform(subject: Pass) -> None:
     assert_conforms(subject)
