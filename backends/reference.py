@@ -35,7 +35,9 @@ class ReferenceRunner(Runner):
 
     def decoder(self, batch: int, capacity: int) -> "ReferenceDecoder":
         if not self.program.caches:
-            raise BackendError("the program has no cache, so it cannot decode; add the pass kv_cache to the recipe")
+            raise BackendError(
+                "this program has no cache; add the pass kv_cache to the recipe (or see why it refused, in the report)"
+            )
         return ReferenceDecoder(self.program)
 
 

@@ -5,7 +5,7 @@ rounding, and dividing what makes them, makes their rounding errors smaller; the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -26,9 +26,10 @@ class Awq(Pass):
     """Scale the channels that linear layers read, so that rounding their weights to `scheme` costs less.
 
     For each symmetry site the factors are s = (root mean square of the activation) ^ alpha (section 3.2), alpha from 0
-    to 1 in `steps` steps, whichever gives the smallest output error of all layers that read the channels. Where the
-    paper takes mean magnitudes and runs the layers, this takes the Hessian x x', which gives both the magnitudes and
-    the exact squared error. The weights are not rounded here: rtn or gptq does that next, with the same scheme.
+    to 1 in `steps` steps (0: no scaling), whichever gives the smallest output error of all layers that read the
+    channels. Where the paper takes mean magnitudes and runs the layers, this takes the Hessian x x', which gives both
+    the magnitudes and the exact squared error. The weights are not rounded here: rtn or gptq does that next, with the
+    same scheme.
     """
 
     name: ClassVar[str] = "awq"
@@ -41,10 +42,13 @@ class Awq(Pass):
 
     @property
     def uses_data(self) -> bool:
-        return True
+        return self.steps > 0
+
+    def plan(self) -> Pass:
+        return replace(self, steps=0)
 
     def run(self, program: Program, ctx: Context) -> None:
-        if not ctx.samples:
+        if not ctx.samples and self.steps:
             raise PassError("it needs calibration data; give calibration=..., or leave awq out of the recipe")
         layers = {weight_name(node): node for node in select(program, self.include, self.exclude, ctx)}  # in order
         sites: dict[fx.Node, list[tuple[Site, list[int]]]] = {}
@@ -58,6 +62,9 @@ class Awq(Pass):
         for name in layers:
             if name not in reached:
                 ctx.refuse(No("no factor can pass to what makes its channels", name))
+
+        if not self.steps:
+            return
 
         def needs(nodes: Sequence[fx.Node]) -> Needs:
             return {node.name: Hessian() for node in nodes if node in sites}

@@ -113,10 +113,13 @@ def in_double(program: Program) -> Program:
     copy = program.copy()
     copy.tensors = {name: t.double() if t.is_floating_point() else t for name, t in copy.tensors.items()}
     for node in copy.calls():
-        kind = node.kwargs.get("dtype")
-        if isinstance(kind, torch.dtype) and kind.is_floating_point:
-            node.update_kwarg("dtype", torch.float64)
+        node.args = tuple(map(_wide, node.args))
+        node.kwargs = {name: _wide(value) for name, value in node.kwargs.items()}
     return copy
+
+
+def _wide(argument: Any) -> Any:
+    return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
 
 
 def _real_outputs(program: Program, sample: Mapping[str, Tensor]) -> Tensor:

@@ -59,4 +59,4 @@ def test_huggingface_to_onnx(tmp_path: Path) -> None:
 def test_own_calibration() -> None:
     printed = run("own_calibration.py")
     assert printed.count("by gptq, outputs changed by") == 14
-    assert "lm_head.weight: int8:g64:sym by rtn" in printed
+    assert "lm_head.weight: int8:g128:sym by rtn" in printed

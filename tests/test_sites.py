@@ -55,7 +55,7 @@ def listed(program: Program) -> str:
     lines = []
     for kind in Kind:
         sites, ends = find_with_ends(program, kind)
-        lines += [str(site) for site in sites]
+        lines += sorted(str(site) for site in sites)  # transformers keeps some rotary tables in a set
         lines += [f"  no: {reason}" for reason in sorted({no.reason for no in ends})]
     return "\n".join(lines)
 

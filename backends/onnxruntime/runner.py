@@ -107,7 +107,9 @@ class OnnxRunner(Runner):
     def decoder(self, batch: int, capacity: int) -> Decoder:
         """A fresh generation; BackendError if the program has no cache."""
         if not self.program.caches:
-            raise BackendError("this program has no cache; add the pass kv_cache to the recipe to generate with it")
+            raise BackendError(
+                "this program has no cache; add the pass kv_cache to the recipe (or see why it refused, in the report)"
+            )
         if LENGTHS[0] in self.inputs and "attention_mask" not in self.inputs:
             self.check_positions(capacity)
             return SharedDecoder(self, batch, capacity)
