@@ -10,7 +10,7 @@ from torch import fx
 
 from qcompiler.errors import No
 from qcompiler.ops import qc
-from qcompiler.passes.positions import along, is_pointwise, may_cache, named_arguments
+from qcompiler.passes.positions import along, from_mask, is_pointwise, is_size, may_cache, named_arguments
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Input, Program, Type
 
@@ -41,6 +41,7 @@ class KvCache(Pass):
         if isinstance(answer, No):
             ctx.refuse(No(f"the model cannot continue from a cache: {answer.reason}", answer.where))
             return
+        cut_to_new(program)
         for index, node in enumerate(attentions):
             ctx.node = node
             add_cache(program, index, node)
@@ -98,6 +99,26 @@ def widen_mask(program: Program) -> None:
             program.inputs = tuple(
                 Input(i.name, wide, i.default) if i.name == "attention_mask" else i for i in program.inputs
             )
+
+
+def cut_to_new(program: Program) -> None:
+    """Values made of the mask span past and new positions from now on; the others take the new ones' alone."""
+    counted = from_mask(program)
+    ids = program.placeholders[0]
+    for node in [n for n in counted if n.op == "call_function"]:
+        node.meta["type"] = Type(("batch", "total"), node.meta["type"].dtype)
+        readers = [user for user in node.users if user not in counted and not is_size(user)]
+        if readers:
+            with program.graph.inserting_after(node):
+                newest = program.call(aten.slice.Tensor, (node, 1, None, 2**63 - 1), like=node)
+            with program.graph.inserting_before(newest):
+                length = program.call(aten.sym_size.int, (ids, 1), like=ids)
+                start = program.call(operator.neg, (length,), like=ids)
+            length.meta["type"] = start.meta["type"] = None
+            newest.update_arg(2, start)
+            newest.meta["type"] = Type(("batch", "sequence"), node.meta["type"].dtype)
+            for reader in readers:
+                reader.replace_input_with(node, newest)
 
 
 def keep_positions(program: Program) -> None:

@@ -1,6 +1,6 @@
 """Which operations look across the positions of a sequence: what decides whether a program can go on from a cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,15 @@ def may_cache(program: Program, attentions: Sequence[fx.Node]) -> Answer:
     """True if every operation but attention acts on each position alone, or a No that names the one that does not."""
     if not attentions:
         return No("it has no attention that was recognized")
-    if all(spec.name != "position_ids" for spec in program.inputs):
+    counted = from_mask(program)
+    if all(spec.name != "position_ids" for spec in program.inputs) and len(counted) < 2:
         return No("it takes no position_ids, so that positions would be counted from zero in each step")
     if "logits" not in program.outputs:
         return No(f"it gives no logits, only {list(program.outputs)}")
     for node in program.graph.nodes:
-        answer = cacheable(node) if node.target == qc.attention else position_wise(node)
+        if node in counted and node.op == "call_function":
+            continue
+        answer = cacheable(node) if node.target == qc.attention else position_wise(node, counted)
         if isinstance(answer, No):
             return answer.at(f'node "{node.name}" ({node.meta.get("path", "")})')
     return True
@@ -45,10 +48,25 @@ def cacheable(node: fx.Node) -> Answer:
     return True
 
 
-def position_wise(node: fx.Node) -> Answer:
-    """True if position i of the result needs position i of the arguments only."""
+def from_mask(program: Program) -> set[fx.Node]:
+    """The attention mask and the values [batch, sequence] made of it alone, such as positions counted from it.
+
+    They may look across positions: the mask of past and new positions is always given whole.
+    """
+    found = {node for node in program.placeholders if node.target == "attention_mask"}
+    for node in program.calls():
+        kind = node.meta.get("type")
+        shaped = isinstance(kind, Type) and kind.rank == 2 and along(node) == [1]
+        if shaped and node.all_input_nodes and all(argument in found for argument in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def position_wise(node: fx.Node, counted: Collection[fx.Node] = ()) -> Answer:
+    """True if position i of the result needs position i of the arguments only; `counted` are made of the mask."""
     if node.op == "placeholder" and node.target == "attention_mask":
-        others = [user for user in node.users if user.target != qc.attention and not is_size(user)]
+        known = (*counted, qc.attention)
+        others = [u for u in node.users if u not in known and u.target not in known and not is_size(u)]
         return No(f'the attention mask is also used by "{others[0].name}"') if others else True
     if node.op != "call_function" or is_size(node):
         return True

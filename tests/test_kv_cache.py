@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from qcompiler.errors import ContractError
+from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.fuse import Fuse
 from qcompiler.passes.kv_cache import KvCache
-from qcompiler.pipeline import Context
-from qcompiler.program import Program
+from qcompiler.pipeline import Context, Runner
+from qcompiler.program import Program, Type
 from tests.programs import BS, Sketch, tiny_encoder, tiny_llama
 
 aten = torch.ops.aten
@@ -161,3 +163,46 @@ def test_refusals_without_positions_or_attention() -> None:
     KvCache().run(tiny_encoder(), ctx)
     assert "takes no position_ids" in ctx.record.refusals[0]
     assert len(ctx.record.refusals) == 2
+
+
+def test_positions_counted_from_the_mask() -> None:
+    """As OPT counts them: the mask of past and new positions is given whole, its positions are cut to the new ones."""
+    from tests.test_canonicalize import captured
+
+    program, _ = captured("opt")
+    Canonicalize().run(program, Context())
+    assert "position_ids" not in {i.name for i in program.inputs}
+    ids = IDS % 60
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # left padding
+    whole = program(input_ids=ids, attention_mask=mask)["logits"]
+    KvCache().run(program, Context())
+    program.verify()
+    assert program.caches
+    torch.testing.assert_close(program(input_ids=ids, attention_mask=mask)["logits"][mask != 0], whole[mask != 0])
+    caches: dict[str, Tensor] = {}
+    found = []
+    for start, stop in ((0, 6), (6, 7), (7, 11)):
+        outputs = program(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], **caches)
+        caches = program.cache_updates(outputs)
+        found.append(outputs["logits"])
+    torch.testing.assert_close(torch.cat(found, 1)[mask != 0], whole[mask != 0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_sum_over_the_mask_would_see_the_future() -> None:
+    """What is made of the mask may look across it, but one run and several must agree: the pipeline compares them."""
+    program = tiny_llama()
+    reader = next(program.calls(aten.add.Tensor))
+    mask = next(n for n in program.placeholders if n.target == "attention_mask")
+    with program.graph.inserting_before(reader):
+        kind = mask.meta["type"]
+        total = program.call(aten.flip.default, (mask, [1]), like=reader, type=kind)
+        counted = program.call(aten.cumsum.default, (total, 1), like=reader, type=kind)
+        back = program.call(aten.flip.default, (counted, [1]), like=reader, type=kind)  # counted from the end
+        wide = program.call(aten.unsqueeze.default, (back, 2), like=reader, type=Type((*BS, 1), kind.dtype))
+        added = program.call(aten.add.Tensor, (reader.args[0], wide), like=reader)
+    reader.update_arg(0, added)
+    runner = Runner(Context(), [{"input_ids": IDS}])
+    with pytest.raises(ContractError):
+        runner.run(program, [KvCache()])
+    assert not program.caches
