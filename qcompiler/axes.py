@@ -179,7 +179,10 @@ def analyze(program: Program, kind: Kind) -> Axes:
             axes.env[node] = Stored(str(node.target))
         elif node.op == "call_function":
             rule = RULES.get(node.target, Axes.unknown)
-            axes.env[node] = rule(axes, node)
+            try:
+                axes.env[node] = rule(axes, node)
+            except RuntimeError:  # shapes that the rule was not made for: fixed, never guessed
+                axes.env[node] = axes.unknown(node, f"{target_name(node.target)} has shapes without a rule")
         else:
             axes.fix([axes.env[n] for n in node.all_input_nodes], "the program returns it", node)
             axes.settle(node)
@@ -226,6 +229,9 @@ def labels_of(axes: Axes, argument: Any, power: int = 1) -> Tensor:
     if isinstance(value, Stored):
         tensor = axes.program.tensors[value.name]
         return axes.stored(value.name, None, power) if tensor.numel() > 1 else torch.tensor(NONE)
+    if isinstance(value, Picked):
+        axes.pinned[value.name] = No("its experts are used in a way without a rule", value.name)
+        return torch.full(axes.type_of(argument), FIXED)
     return value if isinstance(value, Tensor) else torch.tensor(NONE)
 
 
@@ -239,7 +245,7 @@ def moved(axes: Axes, node: fx.Node) -> Any:
     if labels.numel() == size:
         return labels.reshape(shape)
     # A dynamic size takes in or gives up a static factor: positions x 2 experts each, for one.
-    if labels.numel() % size == 0:
+    if size and labels.numel() % size == 0:
         rows = labels.reshape(-1, size)
         axes.tie(rows, rows[:1])
         return rows[0].reshape(shape)
@@ -393,6 +399,7 @@ def multiplied(axes: Axes, node: fx.Node) -> Any:
         if weight.numel() == torch.Size(shape).numel():
             made = axes.stored(name, None).reshape(weight.shape).expand(shape)
             return made if not values else _rescaled(axes, name, made, values[0], node)
+    axes.fix([axes.env[a] for a in stored], "it is one factor for several channels", node)
     free = [a for a in values if bool((labels_of(axes, a) > FIXED).any())]
     kept = free[-1] if free else None  # up in silu(gate) * up
     axes.fix([labels_of(axes, a) for a in free[:-1]], "the other operand of the product takes the factor", node)
@@ -451,7 +458,7 @@ def norm(axes: Axes, node: fx.Node) -> Any:
         return axes.unknown(node, why)
     axes.fix(x, "a norm measures all channels together", node)
     if not parameters or not all(isinstance(axes.env[p], Stored) for p in parameters):
-        return _settled(shape)
+        return axes.unknown(node, "the norm has no stored weight")
     made = labels_of(axes, parameters[0])
     for parameter in parameters[1:]:
         axes.tie(made, labels_of(axes, parameter))
@@ -490,8 +497,9 @@ def indexed(axes: Axes, node: fx.Node) -> Any:
     value, indices = axes.env[node.args[0]], node.args[1]  # type: ignore[index]
     assert isinstance(indices, (list, tuple))
     stored = [axes.env[i] if isinstance(i, fx.Node) else None for i in indices]
-    if isinstance(value, Stored) and len(indices) == 1 and len(node.meta["type"].shape) == 3:
-        return Picked(value.name)
+    if isinstance(value, Stored) and len(indices) == 1:
+        rank = axes.program.tensors[value.name].dim()
+        return Picked(value.name) if rank == 3 else embedding(axes, node) if rank == 2 else axes.unknown(node)
     if isinstance(value, Tensor) and all(i is None or isinstance(i, Stored) for i in stored):
         found = value[tuple(slice(None) if i is None else axes.program.tensors[i.name] for i in stored)]
         axes.block(found.reshape(1, -1))
@@ -520,7 +528,9 @@ def rope(axes: Axes, node: fx.Node) -> Any:
     pairs = turned.unflatten(-1, (half, 2)) if node.kwargs.get("interleaved") else turned.unflatten(-1, (2, half)).mT
     axes.tie(pairs[..., 0], pairs[..., 1])
     axes.block(turned)
-    if axes.kind is Kind.PERMUTE:
+    if axes.kind is Kind.SCALE:
+        axes.fix([cos, sin], "they are cosines and sines", node)
+    else:
         for angle in (cos, sin):
             axes.tie(pairs[..., 0], angle.unsqueeze(1) if angle.dim() else angle)
     if x.shape[-1] > 2 * half:

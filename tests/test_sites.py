@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qcompiler import data
 from qcompiler.errors import QCompilerError
+from qcompiler.ops import qc
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
@@ -157,6 +158,11 @@ RULES: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], list[str]]] = {
         {"up": random(24, 10), "down": random(7, 24)},
         [f"permute 24 channels: {BOTH}"],
     ),
+    "a table read by position": (
+        lambda up, down, table, x: F.linear(F.linear(x, up) + table[torch.arange(x.shape[1])], down),
+        {"up": random(24, 10), "down": random(7, 24), "table": random(99, 24)},
+        [f"{kind} 24 channels: up rows, table columns, down columns" for kind in ("permute", "scale", "rotate")],
+    ),
     "an unknown operator fixes what it reads": (
         reads(lambda x: x.cumsum(-1)),
         {"up": random(24, 10), "down": random(7, 24)},
@@ -181,6 +187,26 @@ def test_a_refusal_names_the_operator_and_the_place() -> None:
     reasons = [no.reason for no in find_with_ends(program, Kind.PERMUTE)[1]]
     assert "aten.cumsum reads it" in reasons
     assert "the program returns it" in reasons
+
+
+def test_rotary_tables_take_no_factor() -> None:
+    """A stored table of cosines reads like an embedding, and is none."""
+
+    def function(up: Tensor, down: Tensor, cos: Tensor, sin: Tensor, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        heads = F.linear(x, up).unflatten(-1, (2, 8)).transpose(1, 2)
+        turned = torch.ops.qc.rope(heads, cos[places][None], sin[places][None])
+        return F.linear(turned.transpose(1, 2).flatten(-2), down)
+
+    tables = {"cos": random(99, 4, seed=1), "sin": random(99, 4, seed=2)}
+    program, _ = canonical(function, {"x": random(2, 5, 10)}, up=random(16, 10), down=random(7, 16), **tables)
+    assert any(node.target is qc.rope for node in program.calls())
+    assert [str(site) for site in find(program, Kind.SCALE)] == ["scale 8 channels: up rows, down columns"]
+    assert [str(s) for s in find(program, Kind.PERMUTE)] == [
+        "permute 4 channels: up rows, cos columns, sin columns, down columns"
+    ]
+    for kind in Kind:
+        assert check_sites(program, kind)[1] <= 1e-12
 
 
 # -- bad requests --------------------------------------------------------------------------------------------------
