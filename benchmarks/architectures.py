@@ -203,7 +203,6 @@ def page(rows: list[Row]) -> str:
         f"{len(captured)} are captured and match eager logits to 1e-4 relative,",
         "at other batch and sequence sizes than traced and with padding on either side.",
         "",
-        "",
         "*Sites*: how many groups of channels may be permuted / scaled / rotated together (qcompiler/sites.py).",
         "Transforming all of them at random changes the logits, in double precision, by the last column, relative.",
         "",
