@@ -144,7 +144,9 @@ def _cat(program: Program, node: fx.Node, args: dict[str, Any]) -> Answer:
     """cat([x, x[..., d:]], -1) whose second part is empty  ->  cat([x], -1)  ->  x"""
     parts = args["tensors"]
     kinds = [type_of_node(part) for part in parts]
-    kept = [p for p, kind in zip(parts, kinds, strict=True) if kind is None or kind.shape[args["dim"]] != 0]
+    # A part of shape [0] joins anything: torch.cat allows it whatever the others' rank.
+    empty = [kind is not None and (kind.shape == (0,) or kind.shape[args["dim"]] == 0) for kind in kinds]
+    kept = [part for part, nothing in zip(parts, empty, strict=True) if not nothing]
     if len(kept) == 1 and type_of_node(kept[0]) == type_of_node(node):
         return kept[0]  # type: ignore[no-any-return]
     if len(kept) == len(parts) or not kept:
