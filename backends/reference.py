@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from qcompiler.errors import BackendError
 from qcompiler.program import Program
-from qcompiler.target import Answer, Backend, Decoder, Runner
+from qcompiler.target import NO_CACHE, Answer, Backend, Decoder, Runner
 
 
 class Reference(Backend):
@@ -35,9 +35,7 @@ class ReferenceRunner(Runner):
 
     def decoder(self, batch: int, capacity: int) -> "ReferenceDecoder":
         if not self.program.caches:
-            raise BackendError(
-                "this program has no cache; add the pass kv_cache to the recipe (or see why it refused, in the report)"
-            )
+            raise BackendError(NO_CACHE)
         return ReferenceDecoder(self.program)
 
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qcompiler.axes import Axes, Kind, Use, analyze
+from qcompiler.axes import Axes, Kind, Use
+from qcompiler.axis_rules import analyze
 from qcompiler.errors import No, QCompilerError
 from qcompiler.program import Program
 

@@ -88,6 +88,9 @@ class Kernel:
     accepts: Accept
 
 
+NO_CACHE = "this program has no cache; add the pass kv_cache to the recipe (or see why it refused, in the report)"
+
+
 class Decoder(abc.ABC):
     """A running generation: cache state of one batch of sequences of equal length, fed step by step."""
 

@@ -15,7 +15,7 @@ from qcompiler.backends.onnxruntime.decoder import LENGTHS
 from qcompiler.backends.onnxruntime.graph import METADATA, MODEL
 from qcompiler.errors import BackendError
 from qcompiler.program import Program, Type
-from qcompiler.target import Decoder, Runner
+from qcompiler.target import NO_CACHE, Decoder, Runner
 
 
 def open_session(path: Path, threads: int | None) -> ort.InferenceSession:
@@ -107,9 +107,7 @@ class OnnxRunner(Runner):
     def decoder(self, batch: int, capacity: int) -> Decoder:
         """A fresh generation; BackendError if the program has no cache."""
         if not self.program.caches:
-            raise BackendError(
-                "this program has no cache; add the pass kv_cache to the recipe (or see why it refused, in the report)"
-            )
+            raise BackendError(NO_CACHE)
         if LENGTHS[0] in self.inputs and "attention_mask" not in self.inputs:
             self.check_positions(capacity)
             return SharedDecoder(self, batch, capacity)
