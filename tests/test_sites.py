@@ -52,11 +52,16 @@ def canonicalized(program: Program) -> Program:
 
 
 def listed(program: Program) -> str:
-    """Every site, a line each; then why the others end, each reason once."""
+    """Every site, a line each; then why the others end, each reason once.
+
+    Whether a rotary table is stored as it came or in another shape (`_folded`) is the model's spelling, not the site's.
+    """
     lines = []
     for kind in Kind:
         sites, ends = find_with_ends(program, kind)
-        lines += sorted(str(site) for site in sites)  # transformers keeps some rotary tables in a set
+        lines += sorted(
+            str(site).replace("inv_freq_folded", "inv_freq") for site in sites
+        )  # transformers keeps some rotary tables in a set
         lines += [f"  no: {reason}" for reason in sorted({no.reason for no in ends})]
     return "\n".join(lines)
 

@@ -169,6 +169,16 @@ def _arithmetic(program: Program, node: fx.Node, args: dict[str, Any]) -> Answer
     return program.call(node.target, (left, number, *node.args[2:]), node.kwargs, like=node)
 
 
+def _outer(program: Program, node: fx.Node, args: dict[str, Any]) -> Answer:
+    """matmul(x [..., m, 1], y [..., 1, n])  ->  x * y"""
+    x, y, kind = type_of_node(node.args[0]), type_of_node(node.args[1]), type_of_node(node)
+    if x is None or y is None or kind is None or not kind.rank == x.rank == y.rank or kind.rank < 2:
+        return None
+    if x.shape[-1] != 1 or y.shape[-2] != 1:
+        return None
+    return program.call(aten.mul.Tensor, node.args, like=node)
+
+
 def _number(program: Program, value: Any) -> int | float | None:
     """A plain number, also one that is stored as a tensor without dimensions."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -231,6 +241,7 @@ _SPELLINGS: dict[str, Callable[[Program, fx.Node, dict[str, Any]], Answer]] = {
     **dict.fromkeys(("chunk", "split"), _split),
     **dict.fromkeys(("add", "sub", "mul", "div"), _arithmetic),
     **dict.fromkeys(("logical_not", "bitwise_not"), _not),
+    **dict.fromkeys(("matmul", "bmm"), _outer),
     "copy": _copy,
     "slice_scatter": _scattered,
     "cat": _cat,
