@@ -5,6 +5,7 @@ if __name__ != "qcompiler.passes":
 
 from pathlib import Path
 
+from qcompiler.passes.activations import Activations
 from qcompiler.passes.awq import Awq
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.carry import Carry
@@ -16,6 +17,6 @@ from qcompiler.passes.rtn import Rtn
 from qcompiler.plugins import Plugin
 
 PLUGIN = Plugin(
-    passes=(Awq, Canonicalize, Carry, Fuse, Gptq, KvCache, Pack, Rtn),
+    passes=(Activations, Awq, Canonicalize, Carry, Fuse, Gptq, KvCache, Pack, Rtn),
     recipes=Path(__file__).parent / "recipes",
 )

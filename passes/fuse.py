@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from qcompiler.errors import No
 from qcompiler.ops import qc
+from qcompiler.passes.selection import layers_of, weight_name
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program, Type
 from qcompiler.scheme import QTensor
@@ -42,22 +43,11 @@ class Fuse(Pass):
 def groups(program: Program) -> list[list[fx.Node]]:
     """Linear layers that share input and module, two or more each, in graph order."""
     found: dict[tuple[Any, ...], list[fx.Node]] = {}
-    for node in program.calls(aten.linear.default, qc.linear):
-        name = weight_name(node)
-        if name:
-            # Siblings are told apart by the last word but one, `q_proj` in `self_attn.q_proj.weight`.
-            words = name.split(".")
-            found.setdefault((node.args[0], *words[:-2], words[-1]), []).append(node)
+    for node in layers_of(program):
+        # Siblings are told apart by the last word but one, `q_proj` in `self_attn.q_proj.weight`.
+        words = weight_name(node).split(".")
+        found.setdefault((node.args[0], *words[:-2], words[-1]), []).append(node)
     return [nodes for nodes in found.values() if len(nodes) > 1]
-
-
-def weight_name(node: fx.Node) -> str:
-    """The stored (or quantized) tensor a linear layer multiplies by; "" if it is computed."""
-    weight = node.args[1]
-    first = weight[0] if isinstance(weight, (list, tuple)) else weight
-    if not isinstance(first, fx.Node) or first.op != "get_attr":
-        return ""
-    return str(first.target).partition("::")[0]
 
 
 def may_fuse(program: Program, siblings: Sequence[fx.Node]) -> Any:

@@ -3,25 +3,38 @@
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import fx
 
 from qcompiler.calibration import mark_segments
 from qcompiler.errors import ContractError, No, RecipeError
+from qcompiler.ops import qc
 from qcompiler.pipeline import Context
 from qcompiler.program import Program
 
 BODY, HEAD = "@body", "@head"
 
 
-def select(program: Program, include: Sequence[str], exclude: Sequence[str], ctx: Context) -> list[fx.Node]:
-    """The float linear layers whose module path or weight name matches `include` and not `exclude`.
+def layers_of(program: Program) -> list[fx.Node]:
+    """All linear layers whose weight is stored, float or quantized."""
+    return [n for n in program.calls(torch.ops.aten.linear.default, qc.linear) if weight_name(n)]
+
+
+def select(
+    program: Program,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    ctx: Context,
+    layers: Sequence[fx.Node] | None = None,
+) -> list[fx.Node]:
+    """The float linear layers (or those of `layers`) whose module path or weight name matches `include`, not `exclude`.
 
     Patterns are shell-style (`*.mlp.*`); `@head` is the layers after the last repeated block (the language-model
     head), `@body` all others. Raises RecipeError for a pattern that matches no layer; a model without a head is
     refused by name instead, since named recipes ask for one of every model.
     """
     last = mark_segments(program) - 1
-    layers = program.linears()
+    layers = program.linears() if layers is None else layers
     for pattern in (*include, *exclude):
         if any(_matches(node, pattern, last) for node in layers):
             continue
@@ -65,7 +78,9 @@ def _path(node: fx.Node) -> str:
 
 
 def weight_name(node: fx.Node) -> str:
-    """The name of a linear layer's stored weight."""
+    """The name of the stored (or quantized) tensor that a linear layer multiplies by; "" if it is computed."""
     weight = node.args[1]
-    assert isinstance(weight, fx.Node)
-    return str(weight.target)
+    first = weight[0] if isinstance(weight, (list, tuple)) else weight
+    if not isinstance(first, fx.Node) or first.op != "get_attr":
+        return ""
+    return str(first.target).partition("::")[0]

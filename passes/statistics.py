@@ -49,14 +49,45 @@ class AbsMax(Statistic):
 
 @dataclass(frozen=True)
 class MinMax(Statistic):
-    """The smallest and largest value of each channel, float32 [2, channels]."""
+    """The smallest and largest value of each channel, float32 [2, channels].
+
+    With `momentum` m > 0 a moving average of those of each sample, m of the old and 1 - m of the new, as RPTQ's code
+    does (arXiv 2304.01089): rare extremes count less.
+    """
+
+    momentum: float = 0.0
+    heads: bool = False
 
     def start(self) -> None:
         return None
 
     def step(self, state: Tensor | None, x: Tensor) -> Tensor:
         x = x.float()
-        low, high = x.amin(0), x.amax(0)
-        if state is not None:
-            low, high = torch.minimum(state[0], low), torch.maximum(state[1], high)
-        return torch.stack([low, high])
+        new = torch.stack([x.amin(0), x.amax(0)])
+        if state is None:
+            return new
+        if self.momentum:
+            return state * self.momentum + new * (1 - self.momentum)
+        return torch.stack([torch.minimum(state[0], new[0]), torch.maximum(state[1], new[1])])
+
+
+@dataclass(frozen=True)
+class Sampled(Statistic):
+    """Evenly spaced rows, at most `rows` of them, float32 [rows, channels]: memory does not grow with the data."""
+
+    rows: int = 2048
+    heads: bool = False
+
+    def start(self) -> tuple[int, int, Tensor | None]:
+        return 1, 0, None
+
+    def step(self, state: tuple[int, int, Tensor | None], x: Tensor) -> tuple[int, int, Tensor]:
+        stride, seen, kept = state
+        new = x[-seen % stride :: stride].float()
+        kept = new if kept is None else torch.cat([kept, new])
+        while len(kept) > self.rows:
+            stride, kept = 2 * stride, kept[::2].contiguous()
+        return stride, seen + x.shape[0], kept
+
+    def done(self, state: tuple[int, int, Tensor | None]) -> Tensor | None:
+        return state[2]

@@ -267,6 +267,24 @@ def norm(axes: Axes, node: fx.Node) -> Any:
     return made.expand(shape)
 
 
+def reordered_norm(axes: Axes, node: fx.Node) -> Any:
+    """A norm that stores in another order: its order takes up permutations, its weight factors, nothing passes."""
+    x, order = labels_of(axes, node.args[0]), axes.env.get(node.args[3])  # type: ignore[arg-type]
+    axes.fix(x, "a norm stores it in another order", node)
+    parameters = [axes.env[p] for p in node.args[1:3] if isinstance(p, fx.Node)]
+    if not isinstance(order, Stored) or not all(isinstance(p, Stored) for p in parameters):
+        return axes.unknown(node, "its order is computed, not stored")
+    if axes.kind is Kind.PERMUTE:
+        axes.fix([axes.stored(p.name, None) for p in parameters], "they are in the order of the norm's input", node)
+        return axes.stored(order.name, None).expand(axes.type_of(node))
+    if axes.kind is Kind.ROTATE or not parameters:
+        return axes.unknown(node, "a norm has no weight that takes it up")
+    first = axes.stored(parameters[0].name, None)
+    for parameter in parameters[1:]:
+        axes.tie(first, axes.stored(parameter.name, None))
+    return first[axes.program.tensors[order.name]].expand(axes.type_of(node))
+
+
 def _all_ones(axes: Axes, parameters: Sequence[fx.Node]) -> bool:
     names = [axes.env[p].name for p in parameters if isinstance(axes.env[p], Stored)]
     return len(names) == len(parameters) and all(bool((axes.program.tensors[n] == 1).all()) for n in names)
@@ -415,6 +433,7 @@ RULES: dict[Any, Rule] = {
     aten.embedding.default: embedding,
     aten.layer_norm.default: norm,
     aten.rms_norm.default: norm,
+    qc.reordered_norm: reordered_norm,
     qc.rope: rope,
     qc.attention: attention,
 }

@@ -22,6 +22,8 @@ Sample = Mapping[str, Tensor]  # one batch of inputs, by name
 class Statistic(abc.ABC):
     """Something to measure over calibration data, written as a fold; subclasses are frozen dataclasses."""
 
+    heads: bool = False  # values [batch, heads, tokens, d] are rows [tokens, heads * d]
+
     @abc.abstractmethod
     def start(self) -> Any:
         """The state before any data."""
@@ -35,13 +37,14 @@ class Statistic(abc.ABC):
         return state
 
 
-# What to measure: for the name of a node, the statistic of its first argument (its activation).
+# What to measure: for the name of a node, the statistic of its first argument (its activation); for `name:2`, of its
+# argument 2.
 Needs = Mapping[str, Statistic]
 
 
 @dataclass
 class Segment:
-    """One step of a sweep: its nodes as they were when measured, and the statistics, by node name."""
+    """One step of a sweep: its nodes as they were when measured, and the statistics, by the names in `Needs`."""
 
     index: int
     count: int
@@ -133,28 +136,36 @@ def _measure(
     """Fold the statistics over one segment; two nodes that ask the same of the same value share one fold."""
     if not needs:
         return {}
-    asked = {node: needs[node.name] for node in nodes if node.name in needs}
-    sources = {(node.args[0], statistic) for node, statistic in asked.items()}
-    watched = {value for value, _ in sources}
+    asked = {name: (source, needs[name]) for node in nodes for name, source in _arguments(node) if name in needs}
+    states = {key: key[1].start() for key in asked.values()}
+    watched = {value for value, _ in states}
     stop = max((i + 1 for i, node in enumerate(nodes) if node in watched), default=0)
-    states = {key: key[1].start() for key in sources}
     for env, sample in zip(envs, samples, strict=True):
         scratch = dict(env)
 
         def watch(node: fx.Node, value: Any, sample: Sample = sample) -> None:
-            for key in sources:
+            for key in states:
                 if key[0] is node:
-                    states[key] = key[1].step(states[key], _rows(value, sample))
+                    states[key] = key[1].step(states[key], _rows(value, sample, key[1].heads))
 
         for node in env:  # values that earlier segments made
             watch(node, env[node])
         execute(nodes[:stop], scratch, program.tensors, watch)
     done = {key: key[1].done(state) for key, state in states.items()}
-    return {node.name: done[node.args[0], statistic] for node, statistic in asked.items()}
+    return {name: done[key] for name, key in asked.items()}
 
 
-def _rows(value: Tensor, sample: Sample) -> Tensor:
-    """A value [batch, sequence, channels] as rows [tokens, channels], without those of padding tokens."""
+def _arguments(node: fx.Node) -> Iterator[tuple[str, Any]]:
+    """The names by which statistics of a node's arguments are asked for."""
+    if node.args:
+        yield node.name, node.args[0]
+    yield from ((f"{node.name}:{i}", argument) for i, argument in enumerate(node.args))
+
+
+def _rows(value: Tensor, sample: Sample, heads: bool) -> Tensor:
+    """A value [batch, tokens, channels] (or by heads) as rows [tokens, channels], without those of padding tokens."""
+    if heads:
+        value = value.transpose(1, 2).flatten(2)
     real = sample.get("attention_mask")
     if real is not None and real.shape == value.shape[:-1] and not bool((real != 0).all()):
         return value[real != 0]

@@ -8,8 +8,11 @@ Nothing is registered when this module is imported: the first use of `qc.<name>`
 | `qc.attention` | softmax(q k' * scale, masked) v, with grouped heads, soft cap, bias and sinks |
 | `qc.cached_attention` | the same over past and new keys and values; returns both caches, grown |
 | `qc.rope` | rotary position embedding of the leading channels |
+| `qc.reordered_norm` | a norm that stores its channels in another order |
+| `qc.fake_quantize` | an activation rounded to a grid and back |
 | `qc.dequantize` | the float tensor of a QTensor's parts |
 | `qc.linear` | a linear layer over a QTensor's parts |
+| `qc.integer_linear` | the same over a rounded activation, added up in integers |
 | `qc.embedding` | an embedding lookup in a QTensor's parts |
 | `qc.onnx` | an ONNX node without an equivalent, run by ONNX Runtime |
 """
@@ -24,14 +27,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qcompiler.attention import attention, cached_attention, mask
 from qcompiler.errors import QCompilerError, require
+from qcompiler.rounding import fake_quantize, integer_linear
 from qcompiler.scheme import QTensor
 
 # Windows follow the (left, right) convention of flash attention: query at position p sees keys at positions
 # p - left .. p + right; -1 means no limit. Causal is right = 0. `chunk` limits sight to one chunk of that size.
 _WINDOW = "int left=-1, int right=-1, int chunk=0"
-_EXTRA = "Tensor? mask=None, Tensor? padding=None, Tensor? bias=None, Tensor? sinks=None"
-_HOW = f"float scale=1.0, {_WINDOW}, float softcap=0.0"
+_EXTRA = (
+    "Tensor? mask=None, Tensor? padding=None, Tensor? bias=None, Tensor? sinks=None, "
+    "Tensor[]? key_grid=None, Tensor[]? value_grid=None"
+)
+# How keys and values are rounded, and the attention weights; see attention.py.
+_ROUNDED = 'str key="", str value="", int block=0, int recent=0, int first=0, int levels=0'
+_HOW = f"float scale=1.0, {_WINDOW}, float softcap=0.0, {_ROUNDED}"
 
 SCHEMAS = {
     "mask": f"(Tensor like, Tensor? padding, SymInt queries, SymInt keys, *, {_WINDOW}) -> Tensor",
@@ -39,134 +49,14 @@ SCHEMAS = {
     "cached_attention": "(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, "
     f"{_EXTRA}, *, {_HOW}) -> (Tensor, Tensor, Tensor)",
     "rope": "(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor",
+    "reordered_norm": "(Tensor x, Tensor? weight, Tensor? bias, Tensor order, *, str kind, float eps) -> Tensor",
+    "fake_quantize": "(Tensor x, Tensor[] grid, *, str scheme) -> Tensor",
     "dequantize": "(Tensor[] parts, *, str spec) -> Tensor",
     "linear": "(Tensor x, Tensor[] parts, Tensor? bias=None, *, str spec) -> Tensor",
+    "integer_linear": "(Tensor x, Tensor[] parts, Tensor[] grid, Tensor? bias=None, *, str spec, str scheme) -> Tensor",
     "embedding": "(Tensor ids, Tensor[] parts, *, str spec) -> Tensor",
     "onnx": "(Tensor model, Tensor[] inputs, *, str op) -> Tensor[]",
 }
-
-
-def mask(
-    like: Tensor,
-    padding: Tensor | None,
-    queries: int,
-    keys: int,
-    *,
-    left: int = -1,
-    right: int = -1,
-    chunk: int = 0,
-) -> Tensor:
-    """Boolean mask [batch or 1, 1, queries, keys], True where a query may see a key.
-
-    Queries are the last `queries` of `keys` positions. `padding` [batch, keys] is nonzero at real tokens;
-    chunks are counted from the first real token. `like` gives the device.
-    """
-    key = torch.arange(keys, device=like.device)
-    query = torch.arange(queries, device=like.device) + (keys - queries)
-    distance = key[None, :] - query[:, None]
-    seen = torch.ones_like(distance, dtype=torch.bool)
-    if left >= 0:
-        seen = seen & (distance >= -left)
-    if right >= 0:
-        seen = seen & (distance <= right)
-    seen = seen[None, None]
-    if chunk > 0:
-        start = torch.zeros_like(key[:1])[None] if padding is None else (padding != 0).long().argmax(-1)[:, None]
-        group = torch.div(key[None] - start, chunk, rounding_mode="floor")
-        seen = seen & (group[:, None, keys - queries :, None] == group[:, None, None, :])
-    if padding is not None:
-        seen = seen & (padding != 0)[:, None, None, :]
-    return seen
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    padding: Tensor | None = None,
-    bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    left: int = -1,
-    right: int = -1,
-    chunk: int = 0,
-    softcap: float = 0.0,
-) -> Tensor:
-    """Attention of q [batch, heads, queries, d] over k [batch, kv_heads, keys, d], v [batch, kv_heads, keys, dv].
-
-    Returns [batch, heads, queries, dv]. `mask` is boolean (True: may be seen) or float (added), broadcastable to
-    [batch, heads, queries, keys]; `padding` [batch, keys] is nonzero at real tokens; `bias` is added to the scores;
-    `sinks` [heads] are logits that take part in the softmax and carry no value.
-    """
-    group = q.shape[1] // k.shape[1]
-    seen = None
-    if padding is not None or chunk > 0 or left >= 0 or right >= 0:
-        seen = _mask(q, padding, q.shape[2], k.shape[2], left=left, right=right, chunk=chunk)
-    if mask is not None and mask.dtype == torch.bool:
-        seen = mask if seen is None else seen & mask
-    added = bias
-    if mask is not None and mask.dtype != torch.bool:
-        added = mask if added is None else added + mask
-    if softcap == 0.0 and sinks is None:
-        return _sdpa(q, k, v, seen, added, scale)
-    if group > 1:
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    score = (q @ k.transpose(-1, -2)).float() * scale
-    if softcap > 0.0:
-        score = softcap * torch.tanh(score / softcap)
-    score = score if added is None else score + added
-    if seen is not None:
-        # A finite minimum, not -inf: a query that sees nothing (a padded position) must not become NaN.
-        score = score.masked_fill(~seen, torch.finfo(score.dtype).min)
-    if sinks is not None:
-        column = sinks.float().view(1, -1, 1, 1).expand(score.shape[0], -1, score.shape[2], 1)
-        weights = torch.cat([score, column], dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = score.softmax(-1)
-    return weights.to(v.dtype) @ v
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, added: Tensor | None, scale: float) -> Tensor:
-    """The common case through PyTorch's fused attention."""
-    bias = added
-    if seen is not None:
-        low = torch.finfo(q.dtype).min
-        zero = torch.zeros((), dtype=q.dtype, device=q.device)
-        bias = torch.where(seen, zero if added is None else added.to(q.dtype), low)
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)
-
-
-_mask = mask  # `attention` has an argument of that name
-
-
-def cached_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    mask: Tensor | None = None,
-    padding: Tensor | None = None,
-    bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    left: int = -1,
-    right: int = -1,
-    chunk: int = 0,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention` of the newest queries over past [batch, kv_heads, past, d] and new keys and values.
-
-    Returns the output and the grown caches [batch, kv_heads, past + queries, d]; `mask`, `padding` and `bias`
-    span past and new keys.
-    """
-    k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
-    how = {"scale": scale, "left": left, "right": right, "chunk": chunk, "softcap": softcap}
-    return attention(q, k, v, mask, padding, bias, sinks, **how), k, v  # type: ignore[arg-type]
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
@@ -185,6 +75,21 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
         a, b = turned.chunk(2, dim=-1)
         turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+
+def reordered_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, order: Tensor, *, kind: str, eps: float
+) -> Tensor:
+    """A norm over the last axis of x [..., k] that writes its channel `order[j]` (int64 [k]) to place j.
+
+    `kind` is "rms" or "layer"; weight and bias [k] are in the order of x. A kernel writes each value to its place; no
+    gather runs.
+    """
+    if kind == "rms":
+        normed = F.rms_norm(x, x.shape[-1:], weight, eps)
+    else:
+        normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return normed[..., order]
 
 
 def dequantize(parts: Sequence[Tensor], *, spec: str) -> Tensor:
@@ -260,12 +165,24 @@ def _fake_rope(x, cos, sin, *, interleaved=False):  # type: ignore[no-untyped-de
     return x.new_empty(x.shape)
 
 
+def _fake_reordered_norm(x, weight, bias, order, *, kind, eps):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+def _fake_fake_quantize(x, grid, *, scheme):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
 def _fake_dequantize(parts, *, spec):  # type: ignore[no-untyped-def]
     weight = QTensor.from_parts(parts, spec)
     return parts[0].new_empty(weight.shape, dtype=weight.dtype)
 
 
 def _fake_linear(x, parts, bias=None, *, spec):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], QTensor.from_parts(parts, spec).shape[0]))
+
+
+def _fake_integer_linear(x, parts, grid, bias=None, *, spec, scheme):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], QTensor.from_parts(parts, spec).shape[0]))
 
 
@@ -283,8 +200,11 @@ MEANINGS: dict[str, Callable[..., object]] = {
     "attention": attention,
     "cached_attention": cached_attention,
     "rope": rope,
+    "reordered_norm": reordered_norm,
+    "fake_quantize": fake_quantize,
     "dequantize": dequantize,
     "linear": linear,
+    "integer_linear": integer_linear,
     "embedding": embedding,
     "onnx": onnx,
 }

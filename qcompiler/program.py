@@ -175,6 +175,18 @@ class Program:
         parts = [self.tensors[prefix + part] for part in part_names(spec)]
         return QTensor.from_parts(parts, spec)
 
+    def weight(self, node: fx.Node) -> Tensor:
+        """What a linear layer multiplies by, [n, k]; a quantized weight is decoded."""
+        source = node.args[1]
+        if isinstance(source, (list, tuple)):
+            first = source[0]
+            assert isinstance(first, fx.Node)
+            return self.qtensor(str(first.target).partition("::")[0]).dequantize()
+        weight = self.tensor_of(source)
+        if weight is None:
+            raise QCompilerError(f'the weight of node "{node.name}" is computed, not stored')
+        return weight
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -188,6 +200,15 @@ class Program:
         tensor = self.tensors[name]
         node.meta = {"type": Type(tuple(tensor.shape), tensor.dtype)} | _origin(like)
         return node
+
+    def store(self, name: str, tensor: Tensor, like: fx.Node | None = None) -> fx.Node:
+        """Store a new tensor, under that name or the next that is free, and return a get_attr node of it."""
+        free, count = name, 1
+        while free in self.tensors:
+            count += 1
+            free = f"{name}_{count}"
+        self.tensors[free] = tensor
+        return self.get(free, like)
 
     def call(
         self,

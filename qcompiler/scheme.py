@@ -150,12 +150,14 @@ def storage_dtype(scale: Tensor) -> torch.dtype:
     return torch.float16 if bool(normal.all()) else torch.float32
 
 
-def range_grid(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+def range_grid(
+    low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point (None if symmetric) of the integer grid that covers [low, high].
 
     The range is widened to hold zero. Symmetric: the range is +-absmax, the zero code is 2**(bits-1).
-    The scale is already rounded to the dtype it will be stored in, so that codes fit the stored grid. Raises
-    RecipeError for a code type whose values are not evenly spaced.
+    The scale is already rounded to the dtype it will be stored in (`dtype`, or what `storage_dtype` says), so that
+    codes fit the stored grid. Raises RecipeError for a code type whose values are not evenly spaced.
     """
     if scheme.code != "int":
         raise RecipeError(
@@ -167,7 +169,7 @@ def range_grid(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tenso
         low = -high
     scale = (high - low) / (scheme.levels - 1)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    scale = scale.to(storage_dtype(scale))
+    scale = scale.to(dtype or storage_dtype(scale))
     if scheme.symmetric:
         return scale, None
     return scale, torch.round(-low / scale.float()).clamp(0, scheme.levels - 1).to(torch.uint8)

@@ -4,12 +4,12 @@
 rewrites stored tensors only: the graph stays as it is, and so does the function.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qcompiler.axes import Axes, Kind, Use
 from qcompiler.axis_rules import analyze
@@ -26,13 +26,15 @@ class Site:
     `blocks` x `channels` of them: a transform stays within a block (a head), and one block is like another.
     `uses` are the stored tensors that take it up; `positions[i]`, int64 [blocks, copies, channels], says where use i
     holds the channels: more than one copy where heads share a key, or tensors an angle. `exponents[i]`, of the same
-    shape, is -1 where a factor divides.
+    shape, is -1 where a factor divides. `seen`, by the name of a node, says where its value holds the channels, among
+    its elements [blocks, copies, channels] in row-major order, dynamic sizes left out (for those that were asked for).
     """
 
     kind: Kind
     uses: tuple[Use, ...]
     positions: tuple[Tensor, ...]
     exponents: tuple[Tensor, ...]
+    seen: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def blocks(self) -> int:
@@ -98,9 +100,12 @@ class Site:
         program.codes.pop(use.tensor, None)  # they were those of the tensor as it came
 
 
-def find(program: Program, kind: Kind) -> list[Site]:
-    """All sites of a canonical program for one kind of transform, in the order of its graph."""
-    return list(_sites(analyze(program, kind)))
+def find(program: Program, kind: Kind, values: Sequence[fx.Node] = ()) -> list[Site]:
+    """All sites of a canonical program for one kind of transform, in the order of its graph.
+
+    Each says where the `values` hold its channels (`Site.seen`).
+    """
+    return list(_sites(analyze(program, kind), values))
 
 
 def find_with_ends(program: Program, kind: Kind) -> tuple[list[Site], list[No]]:
@@ -109,10 +114,12 @@ def find_with_ends(program: Program, kind: Kind) -> tuple[list[Site], list[No]]:
     return list(_sites(axes)), list(dict.fromkeys(reason for _, reason in axes.fixed))
 
 
-def _sites(axes: Axes) -> Iterator[Site]:
+def _sites(axes: Axes, values: Sequence[fx.Node] = ()) -> Iterator[Site]:
     classes, exponents = axes.classes()
     cells, groups = _signatures(axes, classes)
     holders = _holders(axes, classes)
+    labels = {node.name: axes.env.get(node) for node in values}
+    seen = {name: _Holder.of(classes, value) for name, value in labels.items() if isinstance(value, Tensor)}
     found: dict[int, dict[int, list[int]]] = {}
     first = _first_labels(classes, (classes > 0) & (groups != 0))  # in the order of the graph
     for group, cell, kind in zip(*(part[first].tolist() for part in (groups, cells, classes)), strict=True):
@@ -121,7 +128,7 @@ def _sites(axes: Axes) -> Iterator[Site]:
         for size in sorted({len(cell) for cell in blocks.values()}):
             if size > 1 or axes.kind is Kind.SCALE:
                 same = torch.tensor([cell for cell in blocks.values() if len(cell) == size])
-                yield _site(axes.kind, same, holders, exponents)
+                yield _site(axes.kind, same, holders, exponents, seen)
 
 
 def _first_labels(classes: Tensor, wanted: Tensor) -> Tensor:
@@ -133,35 +140,51 @@ def _first_labels(classes: Tensor, wanted: Tensor) -> Tensor:
 
 
 class _Holder(NamedTuple):
-    """A use, its elements by class: `places[i]` is of class `ordered[i]`."""
+    """Where labels are, by class: `places[i]` is of class `ordered[i]`."""
 
-    use: Use
     places: Tensor
     ordered: Tensor
     known: frozenset[int]
 
+    @classmethod
+    def of(cls, classes: Tensor, labels: Tensor) -> "_Holder":
+        ordered, places = torch.sort(classes[labels.clamp(min=0).flatten()], stable=True)
+        return cls(places, ordered, frozenset(ordered.tolist()))
 
-def _holders(axes: Axes, classes: Tensor) -> list[_Holder]:
-    holders = []
-    for use in {use.key: use for use in reversed(axes.uses)}.values():  # a tied tensor is rewritten once
-        ordered, places = torch.sort(classes[use.labels.flatten()], stable=True)
-        holders.append(_Holder(use, places, ordered, frozenset(ordered.tolist())))
-    return holders[::-1]
+    def find(self, blocks: Tensor) -> Tensor | None:
+        """Places [blocks, copies, channels] of the classes [blocks, channels]; None if they are not all here."""
+        sample = int(blocks[0, 0])
+        if sample not in self.known:
+            return None
+        first = torch.searchsorted(self.ordered, blocks)
+        copies = int((self.ordered == sample).sum())
+        places = (first[:, None] + torch.arange(copies)[None, :, None]).clamp(max=len(self.ordered) - 1)
+        whole = torch.equal(self.ordered[places], blocks[:, None].expand_as(places))
+        return self.places[places] if whole else None
 
 
-def _site(kind: Kind, blocks: Tensor, holders: list[_Holder], exponents: Tensor) -> Site:
+def _holders(axes: Axes, classes: Tensor) -> list[tuple[Use, _Holder]]:
+    uses = {use.key: use for use in reversed(axes.uses)}.values()  # a tied tensor is rewritten once
+    return [(use, _Holder.of(classes, use.labels)) for use in uses][::-1]
+
+
+def _site(
+    kind: Kind,
+    blocks: Tensor,
+    holders: Sequence[tuple[Use, _Holder]],
+    exponents: Tensor,
+    seen: Mapping[str, _Holder],
+) -> Site:
     """Where each stored tensor holds the channels, given by class: int64 [blocks, channels]."""
     uses, positions, signs = [], [], []
-    sample = int(blocks[0, 0])
-    for use, places, ordered, known in holders:
-        if sample in known:  # of one site are the classes that the same tensors hold
-            first = torch.searchsorted(ordered, blocks)
-            copies = int((ordered == sample).sum())
-            found = places[first[:, None] + torch.arange(copies)[None, :, None]]
+    for use, holder in holders:
+        found = holder.find(blocks)  # of one site are the classes that the same tensors hold
+        if found is not None:
             uses.append(use)
             positions.append(found)
             signs.append(exponents[use.labels.flatten()][found])
-    return Site(kind, tuple(uses), tuple(positions), tuple(signs))
+    values = {name: found for name, holder in seen.items() if (found := holder.find(blocks)) is not None}
+    return Site(kind, tuple(uses), tuple(positions), tuple(signs), values)
 
 
 def _signatures(axes: Axes, classes: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,94 @@
+"""activations: what linear layers read is rounded, by grids measured beforehand or by each token's own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler.calibration import Needs
+from qcompiler.errors import No, PassError
+from qcompiler.ops import qc
+from qcompiler.passes.ranges import static_grid, statistic_of
+from qcompiler.passes.selection import BODY, layers_of, select, weight_name
+from qcompiler.pipeline import Context, Contract, Pass
+from qcompiler.program import Program
+from qcompiler.rounding import activation_scheme
+from qcompiler.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Activations(Pass):
+    """Round the inputs of the selected linear layers (`qc.fake_quantize`); layers that share an input share its codes.
+
+    `ranges` says how a static scheme's range is found: `minmax` (all that was seen), `average` (a moving average of
+    each sample's), `percentile`, or `error` (least squared error, each channel weighed by the weights that read it).
+    Ranges are measured segment by segment on inputs that went through the rounded segments before. Weights may be
+    quantized before or after; gptq after this one sees the rounded inputs and makes up for them.
+    """
+
+    name: ClassVar[str] = "activations"
+    contract: ClassVar[Contract] = Contract.LOSSY
+
+    scheme: Scheme = Scheme.parse("int8:token:asym:dynamic")
+    include: tuple[str, ...] = (BODY,)
+    exclude: tuple[str, ...] = ()
+    ranges: str = "minmax"
+
+    @property
+    def uses_data(self) -> bool:
+        return not self.scheme.dynamic
+
+    def plan(self) -> Pass:
+        return Activations(Scheme.parse("int8:token:asym:dynamic"), self.include, self.exclude)
+
+    def run(self, program: Program, ctx: Context) -> None:
+        activation_scheme(str(self.scheme))
+        chosen = select(program, self.include, self.exclude, ctx, layers_of(program))
+        done: dict[fx.Node, fx.Node] = {}
+        if self.scheme.dynamic:
+            for node in chosen:
+                self._round(program, node, [], done)
+        else:
+            self._static(program, ctx, chosen, done)
+        ctx.note(f"{len(done)} activations, read by {len(chosen)} linear layers, are rounded to {self.scheme}")
+
+    def _static(self, program: Program, ctx: Context, chosen: Sequence[fx.Node], done: dict[fx.Node, fx.Node]) -> None:
+        if not ctx.samples:
+            raise PassError(f"ranges of {self.scheme} need calibration data; give some, or take a dynamic scheme")
+        names, statistic = {node.name for node in chosen}, statistic_of(self.ranges)
+
+        def needs(nodes: Sequence[fx.Node]) -> Needs:
+            return {node.name: statistic for node in nodes if node.name in names}
+
+        for segment in ctx.sweep(program, needs):
+            readers: dict[fx.Node, list[fx.Node]] = {}
+            for node in [n for n in segment.nodes if n.name in segment.statistics]:
+                readers.setdefault(node.all_input_nodes[0], []).append(node)
+            for nodes in readers.values():
+                ctx.node = nodes[0]
+                seen = segment.statistics[nodes[0].name]
+                if seen is None:
+                    ctx.refuse(No("no calibration token reached it", weight_name(nodes[0])))
+                    continue
+                grid = static_grid(seen, self.scheme, self.ranges, importance=_importance(program, nodes))
+                for node in nodes:
+                    self._round(program, node, grid, done)
+
+    def _round(self, program: Program, node: fx.Node, grid: Sequence[Tensor], done: dict[fx.Node, fx.Node]) -> None:
+        x = node.all_input_nodes[0]
+        if x not in done:
+            with program.graph.inserting_before(node):
+                stored = [
+                    program.store(f"{weight_name(node)}.input_{part}", value, like=node)
+                    for part, value in zip(("scale", "zero"), grid, strict=False)
+                ]
+                done[x] = program.call(qc.fake_quantize, (x, stored), {"scheme": str(self.scheme)}, like=node)
+            done[x].meta["type"] = x.meta["type"]
+        node.update_arg(0, done[x])
+
+
+def _importance(program: Program, readers: Sequence[fx.Node]) -> Tensor:
+    """How much an error of each channel weighs: the squared norm of the columns that read it."""
+    return torch.stack([program.weight(node).float().pow(2).sum(0) for node in readers]).sum(0)
