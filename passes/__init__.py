@@ -11,12 +11,14 @@ from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.carry import Carry
 from qcompiler.passes.fuse import Fuse
 from qcompiler.passes.gptq import Gptq
+from qcompiler.passes.kv import Kv
 from qcompiler.passes.kv_cache import KvCache
 from qcompiler.passes.pack import Pack
+from qcompiler.passes.rptq import Rptq
 from qcompiler.passes.rtn import Rtn
 from qcompiler.plugins import Plugin
 
 PLUGIN = Plugin(
-    passes=(Activations, Awq, Canonicalize, Carry, Fuse, Gptq, KvCache, Pack, Rtn),
+    passes=(Activations, Awq, Canonicalize, Carry, Fuse, Gptq, Kv, KvCache, Pack, Rptq, Rtn),
     recipes=Path(__file__).parent / "recipes",
 )

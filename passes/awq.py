@@ -4,21 +4,18 @@ A few channels matter more than others, and they are those with large activation
 rounding, and dividing what makes them, makes their rounding errors smaller; the function stays the same.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from qcompiler.calibration import Needs
-from qcompiler.errors import No, PassError
-from qcompiler.passes.selection import BODY, select, weight_name
+from qcompiler.passes.selection import BODY, select
+from qcompiler.passes.smoothing import Reading, measured, readings
 from qcompiler.passes.statistics import Hessian
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
 from qcompiler.scheme import QTensor, Scheme
-from qcompiler.sites import Kind, Site, find
 
 
 @dataclass(frozen=True)
@@ -48,39 +45,15 @@ class Awq(Pass):
         return replace(self, steps=0)
 
     def run(self, program: Program, ctx: Context) -> None:
-        if not ctx.samples and self.steps:
-            raise PassError("it needs calibration data; give calibration=..., or leave awq out of the recipe")
-        layers = {weight_name(node): node for node in select(program, self.include, self.exclude, ctx)}  # in order
-        sites: dict[fx.Node, list[tuple[Site, list[int]]]] = {}
-        reached: set[str] = set()
-        for site in find(program, Kind.SCALE):
-            readers = [i for i, use in enumerate(site.uses) if use.power < 0 and use.tensor in layers]
-            if readers:
-                names = [site.uses[i].tensor for i in readers]
-                reached.update(names)
-                sites.setdefault(layers[names[0]], []).append((site, readers))
-        for name in layers:
-            if name not in reached:
-                ctx.refuse(No("no factor can pass to what makes its channels", name))
+        found = readings(program, select(program, self.include, self.exclude, ctx), ctx)
+        if self.steps:
+            for reading, hessian in measured(program, found, Hessian(), ctx):
+                reading.site.scale(program, 1 / self._factors(program, reading, hessian))
 
-        if not self.steps:
-            return
-
-        def needs(nodes: Sequence[fx.Node]) -> Needs:
-            return {node.name: Hessian() for node in nodes if node in sites}
-
-        for segment in ctx.sweep(program, needs):
-            for node in [n for n in segment.nodes if n in sites]:
-                ctx.node = node
-                hessian = segment.statistics[node.name]
-                for site, readers in sites[node] if hessian is not None else ():
-                    site.scale(program, 1 / self._factors(program, site, readers, hessian))
-
-    def _factors(self, program: Program, site: Site, readers: Sequence[int], hessian: Tensor) -> Tensor:
+    def _factors(self, program: Program, reading: Reading, hessian: Tensor) -> Tensor:
         """By how much to multiply the readers' columns, [blocks, channels]: the best of the grid."""
-        places = site.positions[readers[0]]
+        places, weights = reading.places, reading.weights(program)
         magnitude = hessian.diagonal()[places].mean(1).sqrt().clamp(min=1e-8)
-        weights = [program.tensors[site.uses[i].tensor].float() for i in readers]
         best, least = torch.ones_like(magnitude), torch.inf
         for step in range(self.steps + 1):
             factors = magnitude ** (step / self.steps)

@@ -121,9 +121,9 @@ def build(name: str, options: Mapping[str, Any]) -> Pass:
 
 
 def _coerce(name: str, key: str, value: Any, default: Any) -> Any:
-    """An option's value in the type of its default."""
+    """An option's value in the type of its default; None is the default of a scheme that may be left out."""
     try:
-        if isinstance(default, Scheme):
+        if isinstance(default, Scheme) or default is None:
             return value if isinstance(value, Scheme) else Scheme.parse(str(value))
         if isinstance(default, bool):
             return value if isinstance(value, bool) else _BOOLS[str(value).lower()]
