@@ -76,8 +76,8 @@ class Site:
             self._store(program, use, scaled, tensor)
 
     def rotate(self, program: Program, matrix: Tensor) -> None:
-        """Mix the channels: y = R x with an orthogonal matrix [blocks or 1, channels, channels]."""
-        matrix = matrix.expand(self.blocks, -1, -1)
+        """Mix the channels, in float64: y = R x with an orthogonal matrix [blocks or 1, channels, channels]."""
+        matrix = matrix.double().expand(self.blocks, -1, -1)
         self._admits(Kind.ROTATE, matrix, (self.blocks, self.channels, self.channels))
         unit = torch.eye(self.channels, dtype=matrix.dtype)
         if not torch.allclose(matrix @ matrix.mT, unit.expand_as(matrix), atol=1e-4):
@@ -85,7 +85,7 @@ class Site:
         for use, places in zip(self.uses, self.positions, strict=True):
             tensor = program.tensors[use.tensor]
             flat = (tensor.reshape(-1) if use.axis is None else tensor.movedim(use.axis, 0)).clone()
-            flat[places] = torch.einsum("bij,bcj...->bci...", matrix.to(flat.dtype), flat[places])
+            flat[places] = torch.einsum("bij,bcj...->bci...", matrix, flat[places].double()).to(flat.dtype)
             self._store(program, use, flat, tensor)
 
     def _admits(self, kind: Kind, given: Tensor, shape: tuple[int, ...]) -> None:
