@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from qcompiler import data
 from qcompiler.errors import ContractError, QCompilerError, RecipeError
-from qcompiler.pipeline import Context, Contract, Pass, Runner
+from qcompiler.pipeline import Context, Contract, Pass, Runner, in_double
 from qcompiler.plugins import registry
 from qcompiler.program import Input, Program, Type
 from qcompiler.recipe import Recipe
@@ -106,20 +106,6 @@ def transform(program: Program, site: Site, generator: torch.Generator) -> None:
     else:
         mixed = torch.randn(*size, site.channels, generator=generator, dtype=torch.float64)
         site.rotate(program, torch.linalg.qr(mixed)[0])
-
-
-def in_double(program: Program) -> Program:
-    """A copy that computes in double precision throughout."""
-    copy = program.copy()
-    copy.tensors = {name: t.double() if t.is_floating_point() else t for name, t in copy.tensors.items()}
-    for node in copy.calls():
-        node.args = tuple(map(_wide, node.args))
-        node.kwargs = {name: _wide(value) for name, value in node.kwargs.items()}
-    return copy
-
-
-def _wide(argument: Any) -> Any:
-    return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
 
 
 def _real_outputs(program: Program, sample: Mapping[str, Tensor]) -> Tensor:

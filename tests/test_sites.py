@@ -14,10 +14,10 @@ from qcompiler import data
 from qcompiler.errors import QCompilerError
 from qcompiler.ops import qc
 from qcompiler.passes.canonicalize import Canonicalize
-from qcompiler.pipeline import Context, Runner
+from qcompiler.pipeline import Context, Runner, in_double
 from qcompiler.program import Program
 from qcompiler.sites import Kind, Site, find, find_with_ends
-from qcompiler.testing import check_sites, in_double
+from qcompiler.testing import check_sites
 from tests.programs import tiny_encoder, tiny_llama
 from tests.test_canonicalize import canonical, random
 
