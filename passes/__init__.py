@@ -16,9 +16,10 @@ from qcompiler.passes.kv_cache import KvCache
 from qcompiler.passes.pack import Pack
 from qcompiler.passes.rptq import Rptq
 from qcompiler.passes.rtn import Rtn
+from qcompiler.passes.smoothquant import SmoothQuant
 from qcompiler.plugins import Plugin
 
 PLUGIN = Plugin(
-    passes=(Activations, Awq, Canonicalize, Carry, Fuse, Gptq, Kv, KvCache, Pack, Rptq, Rtn),
+    passes=(Activations, Awq, Canonicalize, Carry, Fuse, Gptq, Kv, KvCache, Pack, Rptq, Rtn, SmoothQuant),
     recipes=Path(__file__).parent / "recipes",
 )

@@ -15,6 +15,7 @@ from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.kv_cache import KvCache
 from qcompiler.passes.pack import Pack
 from qcompiler.passes.rtn import Rtn
+from qcompiler.passes.smoothquant import SmoothQuant
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
 from qcompiler.scheme import QTensor, Scheme
@@ -25,7 +26,9 @@ G32 = Scheme.parse("int4:g32:asym")
 
 
 @pytest.mark.parametrize(
-    "subject", [Rtn(), Rtn(G32), Gptq(G32), Gptq(Scheme.parse("int3:channel:asym")), Awq(G32), Pack(), Fuse()], ids=str
+    "subject",
+    [Rtn(), Rtn(G32), Gptq(G32), Gptq(Scheme.parse("int3:channel:asym")), Awq(G32), SmoothQuant(), Pack(), Fuse()],
+    ids=str,
 )
 def test_built_in_passes_conform(subject: Pass) -> None:
     assert_conforms(subject)
