@@ -97,7 +97,8 @@ class Kv(Pass):
         activation_scheme(str(self.value))
         if self.rotary == "before" and (self.block or self.recent or self.first or not self.key.dynamic):
             raise RecipeError(
-                "rotary=before rounds each key where it is made: block, recent, first and static schemes need rotary=after"
+                "rotary=before rounds each key where it is made: block, recent, first and static schemes "
+                "need rotary=after"
             )
 
     def _round(self, program: Program, node: fx.Node, grids: Mapping[int, Sequence[Tensor]], ctx: Context) -> None:

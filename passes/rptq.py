@@ -33,8 +33,9 @@ class Rptq(Pass):
     Sites are those of the graph, whatever the architecture: inputs of linear layers, queries with keys, values with the
     attention's output, the MLP's hidden channels (section 4.3). Clusters are K-Means clusters of each channel's minimum
     and maximum (section 4.2), their sizes multiples of `group`, so that weight groups never straddle one; in a head
-    there are `head_clusters` at most. Each value's ranges are divided by its largest before they are clustered:
-    upstream takes them raw, and a query ten times its key alone decides the order of both.
+    there are `head_clusters` at most, multiples of `head_group` (of a rotary head's pairs, two channels each). Each
+    value's ranges are divided by its largest before they are clustered: upstream takes them raw, and a query ten times
+    its key alone decides the order of both.
 
     `norms` says how the output of a norm is reordered: `store` (the norm writes each channel to its new place, an order
     for each norm) or `residual` (one order for the residual stream, clustered over all norms, for backends without such
@@ -46,6 +47,7 @@ class Rptq(Pass):
 
     group: int = 32
     clusters: int = 32
+    head_group: int = 8
     head_clusters: int = 4
     norms: str = "store"
     include: tuple[str, ...] = (BODY,)
@@ -71,21 +73,25 @@ class Rptq(Pass):
             return
         watched = watch(program, layers)
         needs = {name: statistic for name, (_, statistic) in watched.items()}
+        heads = {value.name for value, statistic in watched.values() if statistic.heads}
         ranges: dict[str, Tensor] = {}
         for segment in ctx.sweep(program, lambda nodes: needs):
             ranges |= {watched[name][0].name: seen for name, seen in segment.statistics.items() if seen is not None}
         for site in find(program, Kind.PERMUTE, [value for value, _ in watched.values()]):
-            self._reorder(program, site, ranges, ctx)
+            in_head = any(name in heads for name in site.seen)
+            count, group = (self.head_clusters, self.head_group) if in_head else (self.clusters, self.group)
+            self._reorder(program, site, ranges, count, group, ctx)
 
-    def _reorder(self, program: Program, site: Site, ranges: Mapping[str, Tensor], ctx: Context) -> None:
+    def _reorder(
+        self, program: Program, site: Site, ranges: Mapping[str, Tensor], clusters: int, group: int, ctx: Context
+    ) -> None:
         values = [name for name in site.seen if name in ranges]
         if not values:
             return
         points = torch.cat([features(ranges[name], site.seen[name]) for name in values], -1)
-        clusters = self.clusters if site.blocks == 1 else self.head_clusters
         index = []
         for block in points:
-            order = cluster(block, clusters, self.group, ctx.seed)
+            order = cluster(block, clusters, group, ctx.seed)
             if isinstance(order, No):
                 ctx.refuse(order.at(str(site)))
                 return
