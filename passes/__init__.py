@@ -14,12 +14,13 @@ from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.kv import Kv
 from qcompiler.passes.kv_cache import KvCache
 from qcompiler.passes.pack import Pack
+from qcompiler.passes.rotate import Rotate
 from qcompiler.passes.rptq import Rptq
 from qcompiler.passes.rtn import Rtn
 from qcompiler.passes.smoothquant import SmoothQuant
 from qcompiler.plugins import Plugin
 
 PLUGIN = Plugin(
-    passes=(Activations, Awq, Canonicalize, Carry, Fuse, Gptq, Kv, KvCache, Pack, Rptq, Rtn, SmoothQuant),
+    passes=(Activations, Awq, Canonicalize, Carry, Fuse, Gptq, Kv, KvCache, Pack, Rotate, Rptq, Rtn, SmoothQuant),
     recipes=Path(__file__).parent / "recipes",
 )

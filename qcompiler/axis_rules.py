@@ -386,6 +386,7 @@ COPIES = (
 )
 CUTS = (aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 SECOND_DIM = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+HOMOGENEOUS = (aten.relu.default, aten.leaky_relu.default, aten.abs.default)
 ALONE = (
     aten.silu.default,
     aten.gelu.default,
@@ -416,9 +417,7 @@ RULES: dict[Any, Rule] = {
     aten.transpose.int: permuted,
     aten.permute.default: permuted,
     aten.cat.default: joined,
-    aten.relu.default: homogeneous,
-    aten.leaky_relu.default: homogeneous,
-    aten.abs.default: homogeneous,
+    **dict.fromkeys(HOMOGENEOUS, homogeneous),
     aten.add.Tensor: added,
     aten.sub.Tensor: added,
     aten.mul.Tensor: multiplied,

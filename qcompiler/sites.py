@@ -4,7 +4,7 @@
 rewrites stored tensors only: the graph stays as it is, and so does the function.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -82,11 +82,20 @@ class Site:
         unit = torch.eye(self.channels, dtype=matrix.dtype)
         if not torch.allclose(matrix @ matrix.mT, unit.expand_as(matrix), atol=1e-4):
             raise QCompilerError(f"a rotation must be orthogonal, at {self}")
+        self.rewrite(program, lambda values: torch.einsum("bij,bcj...->bci...", matrix, values))
+
+    def rewrite(self, program: Program, change: Callable[[Tensor], Tensor], power: int = 0) -> None:
+        """Put `change(values)` in the place of the values [blocks, copies, channels, ...], float64, of each use.
+
+        With a power, of those uses only: 1 are what makes the channels, -1 what reads them. What is exact is the
+        caller's to know.
+        """
         for use, places in zip(self.uses, self.positions, strict=True):
-            tensor = program.tensors[use.tensor]
-            flat = (tensor.reshape(-1) if use.axis is None else tensor.movedim(use.axis, 0)).clone()
-            flat[places] = torch.einsum("bij,bcj...->bci...", matrix, flat[places].double()).to(flat.dtype)
-            self._store(program, use, flat, tensor)
+            if power in (0, use.power):
+                tensor = program.tensors[use.tensor]
+                flat = (tensor.reshape(-1) if use.axis is None else tensor.movedim(use.axis, 0)).clone()
+                flat[places] = change(flat[places].double()).to(flat.dtype)
+                self._store(program, use, flat, tensor)
 
     def _admits(self, kind: Kind, given: Tensor, shape: tuple[int, ...]) -> None:
         if self.kind is not kind:

@@ -1,0 +1,292 @@
+"""Rotations: exact on every kind of model, and outliers go away."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qcompiler import data
+from qcompiler.errors import RecipeError
+from qcompiler.passes.activations import Activations
+from qcompiler.passes.canonicalize import Canonicalize
+from qcompiler.passes.open_norms import norms, passed
+from qcompiler.passes.rotate import Rotate
+from qcompiler.pipeline import Context, Runner
+from qcompiler.program import Program
+from qcompiler.recipe import Recipe
+from qcompiler.report import PassRecord
+from qcompiler.scheme import Scheme
+from qcompiler.testing import assert_conforms, in_double
+from tests.programs import tiny_encoder, tiny_llama
+from tests.test_canonicalize import canonical, random
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+aten = torch.ops.aten
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def rotated(program: Program, step: Rotate = Rotate(), seed: int = 0) -> PassRecord:  # noqa: B008 - it is frozen
+    """Run the pass on the program, held to its contract."""
+    samples = data.check_samples(program)
+    runner = Runner(Context(seed=seed), samples)
+    runner.run(program, [step])
+    return runner.records[0]
+
+
+def exactly(program: Program, step: Rotate = Rotate()) -> PassRecord:  # noqa: B008
+    """The same in double precision, where nothing but rounding to 1e-12 may be left."""
+    record = rotated(in_double(program), step)
+    assert record.output_change is not None
+    assert record.output_change < 1e-12
+    return record
+
+
+# -- exact -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tied": False}, {"qk_norm": True}, {"bias": True}, {"hidden": 72}, {"window": 3, "sinks": True}]
+)
+def test_a_decoder(options: dict) -> None:
+    record = exactly(tiny_llama(**options))
+    hidden = options.get("hidden", 64)
+    assert f"rotated by weights alone: 1 x residual, {hidden} channels" in record.notes
+    assert "rotated by weights alone: 2 x heads, 2 x 16 channels" in record.notes
+    assert not record.refusals
+
+
+def test_what_is_left() -> None:
+    """All norms are ones, every weight that holds the stream is another, a rotation of what it was."""
+    program = tiny_llama(tied=False)
+    before = dict(program.tensors)
+    rotated(program)
+    assert passed(program) == norms(program)
+    for name, tensor in before.items():
+        if "norm" in name:
+            assert bool((program.tensors[name] == 1).all())
+        elif "inv_freq" not in name:
+            assert (program.tensors[name] - tensor).abs().max() > 0.1
+    rows = before[EMBEDDING].norm(dim=1)
+    torch.testing.assert_close(program.tensors[EMBEDDING].norm(dim=1), rows)
+
+
+def test_the_seed_decides() -> None:
+    programs = [tiny_llama() for _ in range(3)]
+    for program, seed in zip(programs, (0, 0, 1), strict=True):
+        rotated(program, seed=seed)
+    first, again, other = (program.fingerprint() for program in programs)
+    assert first == again != other
+
+
+def test_a_tied_head_gets_a_weight_of_its_own() -> None:
+    program = tiny_llama(tied=True)
+    size = program.tensors[EMBEDDING].nbytes
+    record = rotated(program)
+    assert f"{EMBEDDING} is no longer tied: {EMBEDDING}_untied is a copy of its own, 0.0 MB more" in record.notes
+    assert program.nbytes == tiny_llama(tied=True).nbytes + size
+
+
+def test_a_size_without_a_hadamard_matrix() -> None:
+    record = exactly(tiny_llama(hidden=92))
+    assert any("92 channels, no Hadamard matrix of that size: a random rotation" in note for note in record.notes)
+
+
+def test_half_precision_stays_half() -> None:
+    def function(embed: Tensor, norm: Tensor, mix: Tensor, head: Tensor, ids: Tensor) -> Tensor:
+        x = F.embedding(ids, embed)
+        wide = x.float()
+        h = norm * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+        return F.linear(x + F.linear(h, mix), head)
+
+    shapes = {"embed": (30, 16), "norm": (16,), "mix": (16, 16), "head": (30, 16)}
+    weights = {name: random(*shape, seed=i).bfloat16() / 4 for i, (name, shape) in enumerate(shapes.items())}
+    ids = torch.randint(0, 30, (2, 5), generator=torch.Generator().manual_seed(0))
+    program, _ = canonical(function, {"ids": ids}, **weights)
+    runner = Runner(Context(), [{"ids": ids}])
+    runner.run(program, [Rotate()])
+    assert "rotated by weights alone: 1 x residual, 16 channels" in runner.records[0].notes
+    assert {tensor.dtype for tensor in program.tensors.values()} == {torch.bfloat16}
+
+
+FAMILIES = {  # what is rotated
+    "gpt2": ["residual", "qk", "heads"],  # LayerNorm, tied embeddings, a fused matrix, no rotary positions
+    "cohere": ["residual", "heads"],  # LayerNorm, a norm for each head, parallel blocks, tied embeddings
+    "mixtral": ["residual", "heads"],  # experts read the stream
+    "opt": ["residual", "qk", "heads"],  # LayerNorm, learned positions
+    "gpt_neox": ["residual", "heads"],  # parallel blocks with two norms
+    "falcon": ["residual", "heads"],  # one key for all heads
+    "phi": ["residual", "heads"],  # partial rotary positions
+    "qwen3": ["residual", "heads"],  # query and key norms
+    "gemma2": ["heads"],  # norms that write the stream have weights
+    "olmo2": ["heads"],  # so do these
+    "bert": ["qk", "heads"],  # norms after the sums
+}
+QUICK = ("gpt2", "cohere", "gemma2")
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES])
+def test_families(family: str) -> None:
+    from tiny_models import tiny_model
+
+    from qcompiler.frontends.huggingface import capture
+
+    program = capture(tiny_model(family))
+    Runner(Context(), data.check_samples(program)).run(program, [Canonicalize()])
+    record = exactly(program)
+    found = [note.partition(" x ")[2].partition(",")[0] for note in record.notes if note.startswith("rotated")]
+    assert found == FAMILIES[family]
+    assert bool(record.refusals) == ("residual" not in found)
+
+
+# -- norms -----------------------------------------------------------------------------------------------------
+
+
+def around(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A stream that one layer writes, and a norm before what reads it."""
+    return lambda first, mix, last, x, **given: F.linear(
+        norm(F.linear(x, first) + F.linear(torch.tanh(F.linear(x, first[:16])), mix), **given), last
+    )
+
+
+WEIGHTS = {"first": random(16, 10, seed=1), "mix": random(16, 16, seed=2), "last": random(7, 16, seed=3)}
+BIASED = {"weight": random(16, seed=4), "bias": random(16, seed=5)}
+INPUTS = {"x": random(2, 5, 10, seed=6)}
+
+
+def layer(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    return F.layer_norm(x, (16,), weight, bias, 1e-3)
+
+
+def small(norm: Callable[..., Tensor], **parameters: Tensor) -> tuple[Program, PassRecord]:
+    """A function of two layers and a norm, rotated."""
+    program, _ = canonical(norm, INPUTS, **parameters)
+    double = {name: value.double() for name, value in INPUTS.items()}
+    program, runner = in_double(program), Runner(Context(), [double])
+    runner.run(program, [Rotate()])
+    assert (runner.records[0].output_change or 0.0) < 1e-12  # None: unchanged
+    return program, runner.records[0]
+
+
+def test_zero_and_negative_weights_fold() -> None:
+    def function(first: Tensor, last: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        return F.linear(F.rms_norm(F.linear(x, first), (16,), weight, 1e-3), last)
+
+    weight = random(16, seed=4)
+    weight[3] = 0.0
+    assert bool((weight < 0).any())
+    program, record = small(function, first=WEIGHTS["first"], last=WEIGHTS["last"], weight=weight)
+    assert record.notes == ["rotated by weights alone: 1 x residual, 16 channels"]
+    assert passed(program) == norms(program)
+
+
+def test_negative_weights_do_not_pass_relu() -> None:
+    def function(first: Tensor, last: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        return F.linear(F.relu(F.rms_norm(F.linear(x, first), (16,), weight, 1e-3)), last)
+
+    _, record = small(function, first=WEIGHTS["first"], last=WEIGHTS["last"], weight=random(16, seed=4))
+    assert any("its weight multiplies what more than linear layers read" in text for text in record.refusals)
+
+
+def test_a_layer_norm_becomes_an_rms_norm() -> None:
+    """Weight and bias move on, the mean moves back; the last layer had no bias, and gets one."""
+
+    def function(first: Tensor, last: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+        return F.linear(layer(F.linear(x, first), weight, bias), last)
+
+    program, record = small(function, first=WEIGHTS["first"], last=WEIGHTS["last"], **BIASED)
+    assert [node.target for node in norms(program)] == [aten.rms_norm.default]
+    assert record.notes == ["rotated by weights alone: 1 x residual, 16 channels"]
+    assert program.tensors["last.bias"].shape == (7,)
+
+
+CLOSED: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "something else reads the mean": (
+        lambda first, last, x: F.linear(layer(F.linear(x, first)), last) + F.linear(F.linear(x, first), last),
+        "more than such norms reads its input",
+    ),
+    "another norm lies between": (
+        lambda first, last, x: F.linear(layer(F.rms_norm(F.linear(x, first), (16,), None, 1e-3)), last),
+        "more than such norms reads its input",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CLOSED)
+def test_a_mean_that_stays(what: str) -> None:
+    """One stream, read with its mean, or normed before it is centered: the LayerNorm stays, and says why."""
+    function, reason = CLOSED[what]
+
+    def shared(first: Tensor, last: Tensor, x: Tensor) -> Tensor:
+        return function(first, last, x)
+
+    program, record = small(shared, first=WEIGHTS["first"], last=WEIGHTS["last"])
+    assert any(node.target is aten.layer_norm.default for node in norms(program))
+    assert any(reason in text for text in record.refusals)
+
+
+def test_an_encoder_with_norms_after_the_sums() -> None:
+    """Its stream is not rotated; what its attention reads and gives is."""
+    record = exactly(tiny_encoder())
+    assert [note for note in record.notes if "residual" in note] == []
+    assert any("embeddings.norm" in text or "layer_norm" in text for text in record.refusals)
+    assert "rotated by weights alone: 1 x heads, 4 x 8 channels" in record.notes
+
+
+# -- what it is for --------------------------------------------------------------------------------------------
+
+
+def loud() -> Program:
+    """A decoder whose stream has two loud channels; what reads them weighs them little."""
+    program = tiny_llama(layers=1, hidden=256, tied=False)
+    for name, tensor in program.tensors.items():
+        if tensor.dim() == 2 and tensor.shape[1] == 256:
+            factors = torch.ones(256)
+            factors[[3, 17]] = 40.0 if name == EMBEDDING else 1 / 40
+            program.tensors[name] = tensor * factors * (16.0 if name == EMBEDDING else 1.0)
+    return program
+
+
+def test_outliers_go_away() -> None:
+    """Fails if nothing is rotated, or only heads are."""
+    program = loud()
+    samples = data.check_samples(program)
+    expected = program(**samples[0])["logits"]
+    readers = ("*q_proj*", "*k_proj*", "*v_proj*", "*gate*", "*up*")
+    rounding = Activations(Scheme.parse("int4:token:asym:dynamic"), include=readers)
+    errors = {}
+    for name, steps in {"rounded": [rounding], "rotated": [Rotate(), rounding]}.items():
+        copy = program.copy()
+        Runner(Context(), samples).run(copy, steps)
+        errors[name] = float((copy(**samples[0])["logits"] - expected).norm() / expected.norm())
+    assert errors["rotated"] < 0.5 * errors["rounded"], errors
+
+
+def test_what_comes_after_it() -> None:
+    """The other passes find a rotated program as they find any."""
+    program = tiny_llama()
+    samples = data.check_samples(program)
+    text = "rotate, awq{scheme=int4:g32}, gptq{scheme=int4:g32}, fuse, kv_cache, pack"
+    runner = Runner(Context(samples=samples), samples)
+    runner.run(program, Recipe.parse(text).passes)
+    by_name = {record.name: record for record in runner.records}
+    assert [record.name for record in runner.records if not record.changed] == ["pack"]  # the codes are packed already
+    assert not any("no factor can pass" in reason and "q_proj" in reason for reason in by_name["awq"].refusals)
+    assert program.caches
+
+
+def test_it_conforms() -> None:
+    assert_conforms(Rotate, tiny_llama(), tiny_encoder())
+
+
+def test_options() -> None:
+    record = rotated(tiny_llama(), Rotate(sites=("heads",)))
+    assert record.notes == ["rotated by weights alone: 2 x heads, 2 x 16 channels"]
+    with pytest.raises(RecipeError, match='there is no site "head"; did you mean "heads"'):
+        Recipe.parse("rotate{sites=head}")
+    record = rotated(tiny_llama(), Rotate(sites=("qk",)))
+    assert record.refusals == ["no weights absorb a rotation, at any of qk"]
