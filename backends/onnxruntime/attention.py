@@ -1,12 +1,14 @@
 """Rules for attention and rotary positions in plain ONNX operators: every window, cap, bias and sink."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
+from qcompiler.backends.onnxruntime.activations import rounded
 from qcompiler.backends.onnxruntime.graph import dtype_of, sizes_of, typed
-from qcompiler.backends.onnxruntime.lowering import Lowering, Rule
+from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, Unsupported
 from qcompiler.program import Type
 
 
@@ -88,13 +90,25 @@ def attention(
     padding: ir.Value | None = None,
     bias: ir.Value | None = None,
     sinks: ir.Value | None = None,
+    key_grid: Sequence[ir.Value] | None = None,
+    value_grid: Sequence[ir.Value] | None = None,
     scale: float = 1.0,
     left: int = -1,
     right: int = -1,
     chunk: int = 0,
     softcap: float = 0.0,
+    key: str = "",
+    value: str = "",
+    block: int = 0,
+    recent: int = 0,
+    first: int = 0,
+    levels: int = 0,
 ) -> ir.Value:
-    """softmax(q k' * scale, masked) v; see `qcompiler.ops.attention`."""
+    """softmax(q k' * scale, masked) v; see `qcompiler.attention`."""
+    if block or recent or first or levels:
+        raise Unsupported("attention in which some keys stay in float (block, recent, first), or with rounded weights")
+    k = rounded(low, k, key_grid or (), key) if key else k
+    v = rounded(low, v, value_grid or (), value) if value else v
     k, v = grouped(low, q, k), grouped(low, q, v)
     score = low.op("MatMul", q, low.op("Transpose", k, perm=[0, 1, 3, 2]))
     dtype = out.dtype

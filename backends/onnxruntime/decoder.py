@@ -8,9 +8,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
+from qcompiler.backends.onnxruntime.caches import Storage
 from qcompiler.backends.onnxruntime.fusions import heads_last, is_vector
 from qcompiler.backends.onnxruntime.graph import Stored, typed
-from qcompiler.backends.onnxruntime.lowering import Lowering, operator_name, schema_arguments
+from qcompiler.backends.onnxruntime.lowering import Lowering, named, operator_name, schema_arguments
 from qcompiler.errors import No
 from qcompiler.program import Program, Type, execute
 
@@ -20,10 +21,14 @@ UNIT = 8  # the operator wants head sizes and rotary widths in these units
 
 def group_query(low: Lowering, node: fx.Node) -> bool | No:
     """A causal `qc.cached_attention` with what it needs around it, or the reason why it stays apart."""
-    q, k, v, past_k, past_v, _, _, _, sinks, scale, left, _, _, cap = schema_arguments(node)
+    given = named(node)
+    q, k, v, sinks, left = (given[name] for name in ("q", "k", "v", "sinks", "left"))
     answer = fits(low, node)
     if not answer:
         return answer
+    storage = Storage.of(low, node)
+    if isinstance(storage, No):
+        return storage
     turned = rotary(low, q, k)
     if isinstance(turned, No):
         low.refusals.append(turned.at(node.name))
@@ -32,41 +37,46 @@ def group_query(low: Lowering, node: fx.Node) -> bool | No:
     if turned is not None:
         q, k = q.args[0], k.args[0]
     packed = packed_source(q, k, v)
+    pasts = [given["past_k"], given["past_v"]]
+    for past, kind in zip(pasts, storage.types([past.meta["type"] for past in pasts]), strict=True):
+        low.store_input_as(past, kind)
     inputs = [low.value(packed), None, None] if packed else [heads_last(low, x) for x in (q, k, v)]
     total = low.input(LENGTHS[1], Type((), torch.int32))
     attended, *present = low.contrib(
         "GroupQueryAttention",
         *inputs,
-        low.value(past_k),
-        low.value(past_v),
+        *map(low.value, pasts),
         low.input(LENGTHS[0], Type(("batch",), torch.int32)),
         total,
         *(turned if turned is not None else (None, None)),
         None,
         None,
         low.value(sinks) if sinks is not None else None,
+        *storage.inputs(low, node),
         outputs=3,
         num_heads=q.meta["type"].shape[1],
         kv_num_heads=k.meta["type"].shape[1],
-        scale=scale,
-        softcap=cap or None,
+        scale=given["scale"],
+        softcap=given["softcap"] or None,
         local_window_size=left + 1 if left >= 0 else None,
         do_rotary=int(turned is not None),
         rotary_interleaved=int(rotary_interleaved(node)) or None,
+        **storage.attributes(),
     )
-    low.kernels[low.label] = "GroupQueryAttention"
-    kinds = node.meta["type"]
+    low.kernels[low.label] = f"GroupQueryAttention{f' in {storage.bits} bits' if storage.bits else ''}"
     spread(low, node, attended, width)
-    low.values[node] = [None, *(typed(value, kind) for value, kind in zip(present, kinds[1:], strict=True))]
+    kinds = storage.types(node.meta["type"][1:])
+    low.values[node] = [None, *(typed(value, kind) for value, kind in zip(present, kinds, strict=True))]
     return True
 
 
 def fits(low: Lowering, node: fx.Node) -> bool | No:
     """Whether the operator can express this attention."""
-    q, k, v, _, _, given_mask, padding, bias, sinks, _, _, right, chunk, _ = schema_arguments(node)
+    given = named(node)
+    q, k, v, padding, sinks = (given[name] for name in ("q", "k", "v", "padding", "sinks"))
     if low.options.padding and padding is not None:
         return No("GroupQueryAttention cannot mask padding on the left, and the option padding asks for that")
-    if right != 0 or chunk or given_mask is not None or bias is not None:
+    if given["right"] != 0 or given["chunk"] or given["mask"] is not None or given["bias"] is not None:
         return No("GroupQueryAttention takes causal attention without mask, bias and chunks only")
     if padding is not None and padding.op != "placeholder":
         return No("GroupQueryAttention takes no padding mask that is computed")

@@ -108,6 +108,10 @@ class Lowering:
             self.inputs[name] = self.graph.input(name, kind)
         return self.inputs[name]
 
+    def store_input_as(self, node: fx.Node, kind: Type) -> None:
+        """Let the graph input that a placeholder stands for hold values of another type, such as codes."""
+        typed(self.inputs[str(node.target)], kind)
+
     def argument(self, argument: Any) -> Any:
         """An argument with nodes replaced by their values."""
         return fx.node.map_aggregate(argument, lambda a: self.value(a) if isinstance(a, fx.Node) else a)
@@ -219,8 +223,11 @@ def operator_name(node: fx.Node) -> str:
 
 def schema_arguments(node: fx.Node) -> list[Any]:
     """All arguments of a call in the order of its schema, defaults included."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return list(node.args)
-    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-    return [given.get(a.name, a.default_value) for a in schema.arguments]
+    return list(named(node).values()) if hasattr(node.target, "_schema") else list(node.args)
+
+
+def named(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator's call by name, in the order of its schema, defaults included."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in arguments), node.args, strict=False)) | dict(node.kwargs)
+    return {a.name: given.get(a.name, a.default_value) for a in arguments}

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import torch
 
 from qcompiler.backends.onnxruntime import weights
+from qcompiler.backends.onnxruntime.activations import integer_product, rounded_input
 from qcompiler.backends.onnxruntime.graph import Stored, typed
 from qcompiler.backends.onnxruntime.lowering import Lowering, Rule
 from qcompiler.backends.onnxruntime.weights import Blockwise
@@ -39,6 +40,12 @@ def choose(low: Lowering, op: str, name: str, weight: QTensor) -> Kernel:
 def linear(low: Lowering, out: Type, x: ir.Value, parts: Any, bias: ir.Value | None, spec: str) -> ir.Value:
     """x times the transposed weight, plus bias."""
     name, weight = weight_of(low)
+    product = integer_product(low, name, weight, bias)
+    if isinstance(product, ir.Value):
+        low.kernels[low.label] = "MatMulIntegerToFloat"
+        return product
+    if rounded_input(low) is not None:
+        low.refusals.append(product.at(name))
     kernel = choose(low, "qc.linear", name, weight)
     if kernel is weights.FLOAT_MATMUL:
         product = low.op("MatMul", x, whole(low, name, weight, transposed=True))

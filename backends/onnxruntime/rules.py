@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import fx
 
-from qcompiler.backends.onnxruntime import attention, elementwise, products, quantized, shapes
+from qcompiler.backends.onnxruntime import activations, attention, elementwise, products, quantized, shapes
 from qcompiler.backends.onnxruntime.decoder import group_query
 from qcompiler.backends.onnxruntime.fusions import skip_norm
 from qcompiler.backends.onnxruntime.lowering import SCALAR, Fusion, Lowering, Options, Rule, Unsupported, operator_name
@@ -18,6 +18,7 @@ RULES: dict[str, Rule] = {
     **shapes.RULES,
     **products.RULES,
     **attention.RULES,
+    **activations.RULES,
     **quantized.RULES,
 }
 FUSIONS: dict[str, tuple[Fusion, ...]] = {"aten.add": (skip_norm,), "qc.cached_attention": (group_query,)}

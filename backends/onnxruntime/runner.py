@@ -17,6 +17,17 @@ from qcompiler.errors import BackendError
 from qcompiler.program import Program, Type
 from qcompiler.target import NO_CACHE, Decoder, Runner
 
+DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(double)": torch.float64,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+    "tensor(int32)": torch.int32,
+    "tensor(int64)": torch.int64,
+    "tensor(bool)": torch.bool,
+}
+
 
 def open_session(path: Path, threads: int | None) -> ort.InferenceSession:
     """An ONNX Runtime session on the CPU; BackendError if ONNX Runtime refuses the file."""
@@ -45,17 +56,26 @@ class OnnxRunner(Runner):
         self.program = program
         self.session = open_session(folder / MODEL, threads)
         self.inputs = [i.name for i in self.session.get_inputs()]
+        held = {i.name: DTYPES[i.type] for i in self.session.get_inputs()}
+        widths = {i.name: i.shape[-1] for i in self.session.get_inputs() if i.shape}
+        self.caches = {  # in the types in which the graph holds them: a cache of codes is no float tensor
+            spec.name: Type((*spec.type.shape[:-1], widths[spec.name]), held[spec.name])
+            for spec in program.caches
+            if spec.name in held
+        }
         self.about: dict[str, Any] = json.loads(self.session.get_modelmeta().custom_metadata_map.get(METADATA, "{}"))
         self._temporary = temporary  # removed with the runner
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All outputs for the given inputs; BackendError for padding or positions that the graph cannot take."""
         values = {str(n.target): v for n, v in self.program.bind(inputs).items()}
+        batch = values[self.program.inputs[0].name].shape[0]
+        values |= {name: empty(kind, batch, 0) for name, kind in self.caches.items() if name not in inputs}
         self._check(values, inputs)
         past, ids = self.program.past_length(inputs), values[self.program.inputs[0].name]
         feeds = {name: as_numpy(values[name]) for name in self.inputs if name in values}
         if LENGTHS[0] in self.inputs:
-            batch, new = ids.shape[:2]
+            new = ids.shape[1]
             self.check_positions(past + new)
             if past and new > 1 and batch > 1:
                 return self._in_steps(inputs, new)
@@ -125,7 +145,7 @@ class SharedDecoder(Decoder):
     def __init__(self, runner: OnnxRunner, batch: int, capacity: int) -> None:
         self.runner, self.batch, self.capacity, self.past = runner, batch, capacity, 0
         program = runner.program
-        self.caches = {spec.name: empty(spec.type, batch, capacity) for spec in program.caches}
+        self.caches = {name: empty(kind, batch, capacity) for name, kind in runner.caches.items()}
         self.lengths = {name: torch.from_numpy(value) for name, value in lengths(batch, 1).items()}
         self.kept = torch.zeros(1, dtype=torch.int64)
         self.logits = empty(output_type(program, "logits"), batch, capacity)

@@ -1,0 +1,116 @@
+"""Rules for rounded activations, and linear layers over them in integers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from qcompiler.backends.onnxruntime.graph import Stored, sizes_of, typed
+from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, Unsupported, operator_name
+from qcompiler.errors import No
+from qcompiler.program import Type
+from qcompiler.rounding import activation_scheme, group_size
+from qcompiler.scheme import QTensor, Scheme
+
+
+def rounded(low: Lowering, x: ir.Value, grid: Sequence[ir.Value], scheme: str) -> ir.Value:
+    """x rounded along its last axis and back, in standard operators; see `qcompiler.rounding`."""
+    kind, sizes = activation_scheme(scheme), sizes_of(x)
+    width = sizes[-1]
+    if kind.code != "int" or not isinstance(width, int):
+        raise Unsupported(f"activations rounded to {scheme}")
+    size = group_size(kind, width)
+    if width % size:
+        raise Unsupported(f"{width} channels in groups of {size}, the last one shorter")
+    grouped = typed(low.op("Reshape", x, [*([0] * (len(sizes) - 1)), width // size, size]), _wide(x, width, size))
+    if grid:
+        scale, *zero = (low.op("Unsqueeze", low.cast(part, torch.float32), [-1]) for part in grid)
+        middle = zero[0] if zero else low.graph.constant(float(kind.levels >> 1))
+    else:
+        scale, middle = _dynamic(low, grouped, kind)
+    codes = low.op("Add", low.op("Round", low.op("Div", grouped, scale)), middle)
+    codes = low.op("Clip", codes, low.graph.constant(0.0), low.graph.constant(float(kind.levels - 1)))
+    value = low.op("Mul", low.op("Sub", codes, middle), scale)
+    back = low.op("Reshape", value, [*([0] * (len(sizes) - 1)), width])
+    return typed(back, Type(sizes, torch.float32))
+
+
+def _wide(x: ir.Value, width: int, size: int) -> Type:
+    return Type((*sizes_of(x)[:-1], width // size, size), torch.float32)
+
+
+def _dynamic(low: Lowering, grouped: ir.Value, kind: Scheme) -> tuple[ir.Value, ir.Value]:
+    """Scale and zero point of each group, as `range_grid` computes them."""
+    zero, one = low.graph.constant(0.0), low.graph.constant(1.0)
+    low_end = low.op("Min", low.op("ReduceMin", grouped, [-1], keepdims=1), zero)
+    high_end = low.op("Max", low.op("ReduceMax", grouped, [-1], keepdims=1), zero)
+    if kind.symmetric:
+        high_end = low.op("Max", low.op("Neg", low_end), high_end)
+        low_end = low.op("Neg", high_end)
+    span = low.op("Div", low.op("Sub", high_end, low_end), low.graph.constant(float(kind.levels - 1)))
+    scale = low.op("Where", low.op("Greater", span, zero), span, one)
+    if kind.symmetric:
+        return scale, low.graph.constant(float(kind.levels >> 1))
+    middle = low.op("Round", low.op("Div", low.op("Neg", low_end), scale))
+    return scale, low.op("Clip", middle, zero, low.graph.constant(float(kind.levels - 1)))
+
+
+def fake_quantize(low: Lowering, out: Type, x: ir.Value, grid: Sequence[ir.Value], scheme: str) -> ir.Value:
+    """An activation rounded to a grid and back."""
+    return rounded(low, x, grid, scheme)
+
+
+def rounded_input(low: Lowering) -> fx.Node | None:
+    """The `qc.fake_quantize` that the linear layer being lowered reads, if it reads one."""
+    source: Any = low.node.args[0] if low.node is not None else None
+    return source if isinstance(source, fx.Node) and operator_name(source) == "qc.fake_quantize" else None
+
+
+def integer_product(low: Lowering, name: str, weight: QTensor, bias: ir.Value | None) -> ir.Value | No:
+    """The layer as a product of 8-bit codes: one static scale for the activation, one a row for the weight."""
+    source = rounded_input(low)
+    if source is None:
+        return No("its activation is not rounded")
+    kind = activation_scheme(str(source.kwargs["scheme"]))
+    if kind.dynamic or kind.granularity != "tensor" or kind.bits != 8 or kind.code != "int":
+        return No(f"MatMulIntegerToFloat takes activations of int8:tensor, not {kind}")
+    whole = weight.scheme.granularity in ("channel", "tensor") and weight.zero is None and weight.minimum is None
+    if weight.scheme.bits != 8 or weight.scheme.code != "int" or not whole or not isinstance(weight.scale, Tensor):
+        return No(f"MatMulIntegerToFloat takes weights of int8:channel:sym, not {weight.scheme}")
+    x, grid = source.args
+    assert isinstance(x, fx.Node)
+    assert isinstance(grid, (list, tuple))
+    scale, zero = _scalars(low, grid)
+    codes = low.memo.get(("codes", source))
+    if codes is None:
+        codes = low.memo["codes", source] = low.op("QuantizeLinear", low.value(x), scale, zero)
+    rows = weight.scale.float().expand(weight.rows, 1).flatten().contiguous()
+    signed = Stored(
+        (weight.columns, weight.rows),
+        torch.int8,
+        lambda: (weight.unpacked().to(torch.int16) - 128).to(torch.int8).T.contiguous(),
+        f"{name}::signed",
+    )
+    product: ir.Value = low.contrib(
+        "MatMulIntegerToFloat",
+        codes,
+        low.graph.store(f"{name}::signed", signed),
+        scale,
+        low.graph.store(f"{name}::row scales", Stored((weight.rows,), torch.float32, lambda: rows, f"{name}::rows")),
+        zero,
+        None,
+        bias,
+    )
+    return product
+
+
+def _scalars(low: Lowering, grid: Sequence[Any]) -> tuple[ir.Value, ir.Value]:
+    """A static scale and zero point as constants without axes."""
+    tensors = [low.program.tensors[str(part.target)] for part in grid]
+    zero = tensors[1].reshape(()) if len(tensors) > 1 else torch.tensor(128, dtype=torch.uint8)
+    return low.graph.constant(tensors[0].float().reshape(())), low.graph.constant(zero)
+
+
+RULES: dict[str, Rule] = {"qc.fake_quantize": fake_quantize}
