@@ -41,20 +41,22 @@ class Use:
     """One stored tensor's channels: `labels` of the elements along `axis`, or of all elements (axis None).
 
     `power` is 1 where a factor s of the channel multiplies the tensor (it makes the channel), -1 where it divides.
+    `apart` are labels of an axis that are not those of its own channels: of those a depthwise filter reads.
     """
 
     tensor: str
     axis: int | None
     labels: Tensor
     power: int = 1
+    apart: bool = False
 
     @property
-    def key(self) -> tuple[str, int | None]:
+    def key(self) -> tuple[str, int | None, bool]:
         """Which channels of which tensor."""
-        return self.tensor, self.axis
+        return self.tensor, self.axis, self.apart
 
     def __str__(self) -> str:
-        side = {None: "", 0: " rows", 1: " columns"}.get(self.axis, f" axis {self.axis}")
+        side = {None: "", 0: " filters" if self.apart else " rows", 1: " columns"}.get(self.axis, f" axis {self.axis}")
         return f"{self.tensor}{side}"
 
 
@@ -75,7 +77,7 @@ class Axes:
     fixed: list[tuple[Tensor, No]] = field(default_factory=list)
     pinned: dict[str, No] = field(default_factory=dict)  # stored tensors that something reads in a way of its own
     _ties: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _axes: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
+    _axes: dict[tuple[str, int | None, bool], Tensor] = field(default_factory=dict)
     _known: set[tuple[str, int | None, int]] = field(default_factory=set)
 
     # -- what rules do -----------------------------------------------------------------------------------------
@@ -93,6 +95,10 @@ class Axes:
         known = (a != NONE) & (b != NONE) & (a != b)
         self._ties.append((2 * a[known], 2 * b[known] + int(inverse and self.kind is Kind.SCALE)))
 
+    def read(self, x: Tensor, columns: Tensor) -> None:
+        """Tie a weight's columns to what they read; a value that has no channels stays as it is."""
+        self.tie(torch.where(x == NONE, FIXED, x), columns)
+
     def fix(self, labels: Any, reason: str, node: fx.Node) -> None:
         """These channels must stay as they are."""
         for value in leaves(labels):
@@ -109,16 +115,19 @@ class Axes:
         if self.kind is not Kind.SCALE and labels.shape[-1] > 1:
             self.blocks.append(labels.reshape(-1, labels.shape[-1]))
 
-    def stored(self, name: str, axis: int | None, power: int = 1) -> Tensor:
-        """The labels of a stored tensor's channels: along an axis, or of every element."""
+    def stored(self, name: str, axis: int | None, power: int = 1, apart: bool = False) -> Tensor:
+        """The labels of a stored tensor's channels: along an axis, or of every element.
+
+        `apart` are second labels of an axis, one for each of the first: of the channels that a filter reads.
+        """
         tensor = self.program.tensors[name]
         shape = tuple(tensor.shape) if axis is None else (tensor.shape[axis],)
-        labels = self._axes.get((name, axis))
+        labels = self._axes.get((name, axis, apart))
         if labels is None:
-            labels = self._axes[name, axis] = self.fresh(*shape)
+            labels = self._axes[name, axis, apart] = self.fresh(*shape)
         if (name, axis, power) not in self._known:
             self._known.add((name, axis, power))
-            self.uses.append(Use(name, axis, labels, power))
+            self.uses.append(Use(name, axis, labels, power, apart))
         return labels
 
     def type_of(self, node: fx.Node) -> tuple[int, ...]:
@@ -141,12 +150,12 @@ class Axes:
         for name in {use.tensor for use in self.uses}:
             uses = [use for use in self.uses if use.tensor == name]
             whole = {use.axis is None for use in uses}
-            powers = {axis: {use.power for use in uses if use.axis == axis} for axis in {use.axis for use in uses}}
+            powers = {key: {use.power for use in uses if use.key == key} for key in {use.key for use in uses}}
             for use in uses:
                 if name in self.pinned or len(whole) > 1:
                     why = self.pinned.get(name, No("it is used as a matrix and as numbers", name))
                     self.fix(use.labels.flatten(), why.reason, node)
-                elif self.kind is Kind.SCALE and len(powers[use.axis]) > 1:
+                elif self.kind is Kind.SCALE and len(powers[use.key]) > 1:
                     self.fix(use.labels.flatten(), f"{name} both makes and reads the channels", node)
 
     # -- what is read from it ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qcompiler import axis_convolutions
 from qcompiler.axes import FIXED, NONE, Axes, Kind, Picked, Stored, labels_of, leaves, settled
 from qcompiler.ops import qc
 from qcompiler.program import Program, Type
@@ -223,7 +224,7 @@ def linear(axes: Axes, node: fx.Node) -> Any:
     if not isinstance(weight, Stored):
         return axes.unknown(node, "a computed weight multiplies it")
     columns = axes.stored(weight.name, 1, power=-1)
-    axes.tie(x, columns)
+    axes.read(x, columns)
     axes.block(columns[None])
     rows = axes.stored(weight.name, 0)
     bias = axes.env.get(node.args[2]) if len(node.args) > 2 and isinstance(node.args[2], fx.Node) else None
@@ -303,6 +304,13 @@ def reduced(axes: Axes, node: fx.Node) -> Any:
         return axes.unknown(node)
     axes.block(x.reshape(1, -1))
     return torch.full(shape, NONE)
+
+
+def largest(axes: Axes, node: fx.Node) -> Any:
+    """A maximum: it passes what a sum does, but no mixing."""
+    if axes.kind is Kind.ROTATE or len(node.args) < 2:
+        return axes.unknown(node)
+    return reduced(axes, node)
 
 
 def indexed(axes: Axes, node: fx.Node) -> Any:
@@ -402,6 +410,9 @@ ALONE = (
     aten.softplus.default,
     aten.clamp.default,
     aten.elu.default,
+    aten.relu6.default,
+    aten.hardtanh.default,
+    aten.hardswish.default,
     aten.where.self,
     aten.masked_fill.Scalar,
     aten.div.Tensor,
@@ -427,6 +438,7 @@ RULES: dict[Any, Rule] = {
     aten.repeat_interleave.self_int: repeated,
     aten.mean.dim: reduced,
     aten.sum.dim_IntList: reduced,
+    aten.amax.default: largest,
     aten.sym_size.int: number,
     aten.linear.default: linear,
     aten.embedding.default: embedding,
@@ -435,4 +447,5 @@ RULES: dict[Any, Rule] = {
     qc.reordered_norm: reordered_norm,
     qc.rope: rope,
     qc.attention: attention,
+    **axis_convolutions.RULES,
 }
