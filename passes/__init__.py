@@ -9,6 +9,7 @@ from qcompiler.passes.activations import Activations
 from qcompiler.passes.awq import Awq
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.carry import Carry
+from qcompiler.passes.equalize import Equalize
 from qcompiler.passes.fuse import Fuse
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.kv import Kv
@@ -21,6 +22,21 @@ from qcompiler.passes.smoothquant import SmoothQuant
 from qcompiler.plugins import Plugin
 
 PLUGIN = Plugin(
-    passes=(Activations, Awq, Canonicalize, Carry, Fuse, Gptq, Kv, KvCache, Pack, Rotate, Rptq, Rtn, SmoothQuant),
+    passes=(
+        Activations,
+        Awq,
+        Canonicalize,
+        Carry,
+        Equalize,
+        Fuse,
+        Gptq,
+        Kv,
+        KvCache,
+        Pack,
+        Rotate,
+        Rptq,
+        Rtn,
+        SmoothQuant,
+    ),
     recipes=Path(__file__).parent / "recipes",
 )

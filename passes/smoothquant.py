@@ -22,11 +22,11 @@ from qcompiler.program import Program
 class SmoothQuant(Pass):
     """Divide the channels that linear layers read by s = max|x| ^ alpha / max|w| ^ (1 - alpha) (equation 4).
 
-    The larger `alpha`, the more of the activation's range moves into the weights: 0.5 suits most models, 0.75 those
-    with the loudest channels (section 5.1); 0 scales nothing. max|w| is over all layers that read the channel. The
-    paper smooths what norms make; here every site is smoothed whose factors something takes up: heads of the values
-    before the output projection, and the hidden channels of an MLP, too. A channel that is always 0, or that nothing
-    reads, stays. Nothing is rounded here: `activations` and `rtn` or `gptq` do that next.
+    The larger `alpha`, the more of the activation's range moves into the weights: the paper takes 0.5, and 0.75 where
+    the loud channels are loudest; 0 scales nothing. max|w| is over all layers that read the channel. The paper smooths
+    what norms make; here every site is smoothed whose factors something takes up: the values that an output projection
+    reads and the hidden channels of an MLP, too. A channel that is always 0, or that nothing reads, stays. Nothing is
+    rounded here: `activations` and `rtn` or `gptq` do that next.
     """
 
     name: ClassVar[str] = "smoothquant"
