@@ -77,7 +77,7 @@ def untie(program: Program) -> Iterator[str]:
     """Give linear layers that share their weight with an embedding a copy of their own; yields what it costs."""
     for node in program.linears():
         name = weight_name(node)
-        if all(user.target is aten.linear.default for user in _users(program, name)):
+        if all(user.target is aten.linear.default for user in users_of(program, name)):
             continue
         tensor, path = program.tensors[name], node.meta.get("path")
         with program.graph.inserting_before(node):
@@ -86,7 +86,7 @@ def untie(program: Program) -> Iterator[str]:
         yield f"{name} is no longer tied: {own.target} is a copy of its own, {tensor.nbytes / 1e6:.1f} MB more"
 
 
-def _users(program: Program, name: str) -> Iterator[fx.Node]:
+def users_of(program: Program, name: str) -> Iterator[fx.Node]:
     """The calls that read the stored tensor `name`."""
     for source in program.graph.nodes:
         if source.op == "get_attr" and source.target == name:
@@ -138,7 +138,7 @@ def _add_bias(program: Program, layer: fx.Node, value: Tensor) -> None:
     dtype = program.tensors[name].dtype if own is None else own.dtype
     total = (value if own is None else value + own.double()).to(dtype)
     bias = f"{name.removesuffix('.weight')}.bias" if own is None else str(layer.args[2].target)  # type: ignore[union-attr]
-    if own is not None and len(list(_users(program, bias))) == 1:
+    if own is not None and len(list(users_of(program, bias))) == 1:
         program.tensors[bias] = total
         return
     with program.graph.inserting_before(layer):
@@ -156,7 +156,7 @@ def fold_weights(program: Program) -> None:
         if len(makers) != 1 or any(bool((e != site.exponents[0].flatten()[0]).any()) for e in site.exponents):
             continue
         name, places = site.uses[makers[0]].tensor, site.positions[makers[0]]
-        weight, users = program.tensors[name], list(_users(program, name))
+        weight, users = program.tensors[name], list(users_of(program, name))
         whole = site.uses[makers[0]].axis is None and places.shape == (1, 1, weight.numel())
         if not whole or not all(user.target in MULTIPLIERS for user in users):
             continue

@@ -9,6 +9,7 @@ Nothing is registered when this module is imported: the first use of `qc.<name>`
 | `qc.cached_attention` | the same over past and new keys and values; returns both caches, grown |
 | `qc.rope` | rotary position embedding of the leading channels |
 | `qc.reordered_norm` | a norm that stores its channels in another order |
+| `qc.hadamard` | channels mixed by a Hadamard matrix, block by block |
 | `qc.fake_quantize` | an activation rounded to a grid and back |
 | `qc.dequantize` | the float tensor of a QTensor's parts |
 | `qc.linear` | a linear layer over a QTensor's parts |
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from qcompiler.attention import attention, cached_attention, mask
 from qcompiler.errors import QCompilerError, require
+from qcompiler.hadamard import transform
 from qcompiler.rounding import fake_quantize, integer_linear
 from qcompiler.scheme import QTensor
 
@@ -50,6 +52,7 @@ SCHEMAS = {
     f"{_EXTRA}, *, {_HOW}) -> (Tensor, Tensor, Tensor)",
     "rope": "(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor",
     "reordered_norm": "(Tensor x, Tensor? weight, Tensor? bias, Tensor order, *, str kind, float eps) -> Tensor",
+    "hadamard": "(Tensor x, *, int size) -> Tensor",
     "fake_quantize": "(Tensor x, Tensor[] grid, *, str scheme) -> Tensor",
     "dequantize": "(Tensor[] parts, *, str spec) -> Tensor",
     "linear": "(Tensor x, Tensor[] parts, Tensor? bias=None, *, str spec) -> Tensor",
@@ -169,6 +172,10 @@ def _fake_reordered_norm(x, weight, bias, order, *, kind, eps):  # type: ignore[
     return x.new_empty(x.shape)
 
 
+def _fake_hadamard(x, *, size):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
 def _fake_fake_quantize(x, grid, *, scheme):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape)
 
@@ -201,6 +208,7 @@ MEANINGS: dict[str, Callable[..., object]] = {
     "cached_attention": cached_attention,
     "rope": rope,
     "reordered_norm": reordered_norm,
+    "hadamard": transform,
     "fake_quantize": fake_quantize,
     "dequantize": dequantize,
     "linear": linear,

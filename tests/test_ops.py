@@ -251,6 +251,8 @@ def cases() -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
         ("cached_attention", (x, k[:, :, :3], v[:, :, :3], past, past[..., :6]), {"right": 0}),
         ("rope", (turned, torch.randn(1, 3, 2), torch.randn(1, 3, 2)), {}),
         ("rope", (turned, torch.randn(2, 3, 4), torch.randn(2, 3, 4)), {"interleaved": True}),
+        ("hadamard", (turned,), {"size": 4}),
+        ("hadamard", (torch.randn(2, 24).half(),), {"size": 12}),
         ("dequantize", (half,), {"spec": half_spec}),
         ("linear", (torch.randn(2, 3, 12), parts, torch.randn(16)), {"spec": spec}),
         ("embedding", (ids, half), {"spec": half_spec}),

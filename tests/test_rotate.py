@@ -1,7 +1,7 @@
 """Rotations: exact on every kind of model, and outliers go away."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from qcompiler import data
 from qcompiler.errors import RecipeError
+from qcompiler.ops import qc
 from qcompiler.passes.activations import Activations
 from qcompiler.passes.canonicalize import Canonicalize
+from qcompiler.passes.kv import Kv
 from qcompiler.passes.open_norms import norms, passed
 from qcompiler.passes.rotate import Rotate
-from qcompiler.pipeline import Context, Runner
+from qcompiler.pipeline import Context, Pass, Runner
 from qcompiler.program import Program
 from qcompiler.recipe import Recipe
 from qcompiler.report import PassRecord
@@ -137,6 +139,7 @@ def test_families(family: str) -> None:
 
     program = capture(tiny_model(family))
     Runner(Context(), data.check_samples(program)).run(program, [Canonicalize()])
+    exactly(program, ONLINE)
     record = exactly(program)
     found = [note.partition(" x ")[2].partition(",")[0] for note in record.notes if note.startswith("rotated")]
     assert found == FAMILIES[family]
@@ -251,19 +254,24 @@ def loud() -> Program:
     return program
 
 
-def test_outliers_go_away() -> None:
-    """Fails if nothing is rotated, or only heads are."""
-    program = loud()
+def errors_of(program: Program, recipes: Mapping[str, Sequence[Pass]]) -> dict[str, float]:
+    """The relative error of the logits after each of some recipes."""
     samples = data.check_samples(program)
-    expected = program(**samples[0])["logits"]
-    readers = ("*q_proj*", "*k_proj*", "*v_proj*", "*gate*", "*up*")
-    rounding = Activations(Scheme.parse("int4:token:asym:dynamic"), include=readers)
-    errors = {}
-    for name, steps in {"rounded": [rounding], "rotated": [Rotate(), rounding]}.items():
+    expected, errors = program(**samples[0])["logits"], {}
+    for name, steps in recipes.items():
         copy = program.copy()
         Runner(Context(), samples).run(copy, steps)
         errors[name] = float((copy(**samples[0])["logits"] - expected).norm() / expected.norm())
-    assert errors["rotated"] < 0.5 * errors["rounded"], errors
+    return errors
+
+
+def test_outliers_go_away() -> None:
+    """Fails if nothing is rotated, or only heads are."""
+    program = loud()
+    readers = ("*q_proj*", "*k_proj*", "*v_proj*", "*gate*", "*up*")
+    rounding = Activations(Scheme.parse("int4:token:asym:dynamic"), include=readers)
+    rounded, rotated = errors_of(program, {"rounded": [rounding], "rotated": [Rotate(), rounding]}).values()
+    assert rotated < 0.5 * rounded, (rotated, rounded)
 
 
 def test_what_comes_after_it() -> None:
@@ -279,8 +287,87 @@ def test_what_comes_after_it() -> None:
     assert program.caches
 
 
+# -- by an operator --------------------------------------------------------------------------------------------
+
+ONLINE = Rotate(online=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["qk, 16 channels", "hidden, 96 channels"]),
+        ({"rotary": 8, "head_dim": 12, "mlp": 88}, ["qk, 12 channels", "hidden, 88 channels"]),
+        ({"mlp": 86, "qk_norm": True}, ["qk, 16 channels", "hidden, 86 channels in blocks of 2"]),
+    ],
+)
+def test_where_no_weights_absorb_it(options: dict, expected: list[str]) -> None:
+    """Both queries and keys, after their rotary positions; each MLP's hidden channels."""
+    program = in_double(tiny_llama(**options))
+    record = rotated(program, ONLINE)
+    assert record.output_change is not None
+    assert record.output_change < 1e-12
+    assert record.notes[-2:] == [f"rotated by qc.hadamard: 2 x {what}" for what in expected]
+    assert len(list(program.calls(qc.hadamard))) == 6
+    assert not record.refusals
+
+
+def test_it_is_said_where_an_operator_would_be_needed() -> None:
+    notes = exactly(tiny_llama()).notes
+    assert "only online=true rotates: 2 x qk, 16 channels" in notes
+    assert "only online=true rotates: 2 x hidden, 96 channels" in notes
+
+
+def test_an_odd_number_of_channels() -> None:
+    record = exactly(tiny_llama(mlp=95), ONLINE)
+    assert any("no Hadamard matrix divides 95 channels" in text for text in record.refusals)
+
+
+def test_a_weight_that_is_used_elsewhere() -> None:
+    def function(up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(F.linear(x, up)), down) + F.linear(x, down)
+
+    program, _ = canonical(function, {"x": random(2, 5, 10)}, up=random(10, 10), down=random(7, 10))
+    runner = Runner(Context(), [{"x": random(2, 5, 10)}])
+    runner.run(program, [ONLINE])
+    assert any("its weight is also used elsewhere" in text for text in runner.records[0].refusals)
+
+
+def test_hidden_outliers_go_away() -> None:
+    """Fails if the operator is left out: a loud channel between the layers of an MLP."""
+    program = tiny_llama(layers=1, mlp=256, tied=False)
+    factors = torch.ones(256)
+    factors[3] = 20.0
+    up, down = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "down"))
+    program.tensors[up], program.tensors[down] = program.tensors[up] * factors[:, None], program.tensors[down] / factors
+    rounding = Activations(Scheme.parse("int4:token:asym:dynamic"), include=("*down_proj*",))
+    folded, online = errors_of(program, {"folded": [Rotate(), rounding], "online": [ONLINE, rounding]}).values()
+    assert online < 0.7 * folded, (online, folded)
+
+
+def test_loud_keys_go_away() -> None:
+    """Fails if the operator is left out: a pair of channels that is loud in the keys and quiet in the queries."""
+    program = tiny_llama(layers=1, hidden=32, heads=1, kv_heads=1, head_dim=64, tied=False)
+    factors = torch.ones(64, 1)
+    factors[[30, 62]] = 20.0
+    query, key = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")
+    program.tensors[query], program.tensors[key] = program.tensors[query] / factors, program.tensors[key] * factors
+    rounding = Kv(Scheme.parse("int4:token:asym:dynamic"), Scheme.parse("int8:token:asym:dynamic"))
+    folded, online = errors_of(program, {"folded": [Rotate(), rounding], "online": [ONLINE, rounding]}).values()
+    assert online < 0.5 * folded, (online, folded)
+
+
+def test_it_goes_on_from_a_cache() -> None:
+    program = tiny_llama()
+    samples = data.check_samples(program)
+    runner = Runner(Context(samples=samples), samples)
+    runner.run(program, Recipe.parse("rotate{online=true}, gptq{scheme=int4:g32}, fuse, kv_cache").passes)
+    assert program.caches
+    assert not runner.records[-1].refusals
+
+
 def test_it_conforms() -> None:
     assert_conforms(Rotate, tiny_llama(), tiny_encoder())
+    assert_conforms(ONLINE, tiny_llama(), tiny_encoder())
 
 
 def test_options() -> None:
