@@ -6,8 +6,8 @@ from torch import Tensor
 from qcompiler.calibration import Statistic
 from qcompiler.errors import RecipeError
 from qcompiler.passes.statistics import MinMax, Sampled
-from qcompiler.rounding import fake_quantize, group_size, grouped
-from qcompiler.scheme import Scheme, range_grid
+from qcompiler.rounding import fake_quantize, grid_of, group_size, grouped
+from qcompiler.scheme import Scheme
 
 RANGES = ("minmax", "average", "percentile", "error")
 SHRINKS = 24  # how many ranges "error" tries, from the whole down to a quarter
@@ -50,7 +50,7 @@ def static_grid(
         weights = torch.ones(seen.shape[-1]) if importance is None else importance
         spread = weights.unflatten(-1, (heads, 1, -1)) if heads else weights
         low, high = _least_error(rows, low, high, scheme, grouped(spread, size))
-    return [part for part in range_grid(low, high, scheme, torch.float32) if part is not None]
+    return [part for part in grid_of(low, high, scheme) if part is not None]
 
 
 def _least_error(rows: Tensor, low: Tensor, high: Tensor, scheme: Scheme, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def _least_error(rows: Tensor, low: Tensor, high: Tensor, scheme: Scheme, weight
     best, best_low, best_high = torch.full_like(low, torch.inf), low, high
     for step in range(SHRINKS):
         shrink = 1 - 0.75 * step / SHRINKS
-        grid = [part for part in range_grid(low * shrink, high * shrink, scheme, torch.float32) if part is not None]
+        grid = [part for part in grid_of(low * shrink, high * shrink, scheme) if part is not None]
         size = weights.shape[-1]
         error = grouped(fake_quantize(rows, grid, scheme=str(scheme)) - rows, size).pow_(2).mul_(weights).sum((0, -1))
         better = error < best

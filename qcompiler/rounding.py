@@ -76,9 +76,20 @@ def _spread(grid: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 def _dynamic_grid(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    low, high = values.aminmax(dim=-1, keepdim=True)
-    scale, zero = range_grid(low, high, scheme, torch.float32)
-    return scale.float(), zero.float() if zero is not None else None
+    scale, zero = grid_of(*values.aminmax(dim=-1, keepdim=True), scheme)
+    return scale, zero.float() if zero is not None else None
+
+
+def grid_of(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scale (float32) and zero point (uint8; None if symmetric) of the grid that covers [low, high] and zero.
+
+    Asymmetric grids use all codes. Symmetric ones leave out the lowest, so that both ends of the range are codes:
+    with it the ends lie halfway between two, and the last bit of a float decides which.
+    """
+    if not scheme.symmetric:
+        return range_grid(low, high, scheme, torch.float32)
+    scale = torch.maximum(low.abs(), high.abs()).float() / ((scheme.levels >> 1) - 1)
+    return torch.where(scale > 0, scale, torch.ones_like(scale)), None
 
 
 def fake_quantize(x: Tensor, grid: Sequence[Tensor], *, scheme: str) -> Tensor:

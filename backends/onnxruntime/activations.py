@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.backends.onnxruntime.graph import Stored, sizes_of, typed
-from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, Unsupported, operator_name
+from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, Unsupported, operator_name, schema_arguments
 from qcompiler.errors import No
 from qcompiler.program import Type
 from qcompiler.rounding import activation_scheme, group_size
@@ -42,14 +42,15 @@ def _wide(x: ir.Value, width: int, size: int) -> Type:
 
 
 def _dynamic(low: Lowering, grouped: ir.Value, kind: Scheme) -> tuple[ir.Value, ir.Value]:
-    """Scale and zero point of each group, as `range_grid` computes them."""
+    """Scale and zero point of each group, as `grid_of` computes them."""
     zero, one = low.graph.constant(0.0), low.graph.constant(1.0)
     low_end = low.op("Min", low.op("ReduceMin", grouped, [-1], keepdims=1), zero)
     high_end = low.op("Max", low.op("ReduceMax", grouped, [-1], keepdims=1), zero)
     if kind.symmetric:
         high_end = low.op("Max", low.op("Neg", low_end), high_end)
         low_end = low.op("Neg", high_end)
-    span = low.op("Div", low.op("Sub", high_end, low_end), low.graph.constant(float(kind.levels - 1)))
+    steps = float(kind.levels - (2 if kind.symmetric else 1))
+    span = low.op("Div", low.op("Sub", high_end, low_end), low.graph.constant(steps))
     scale = low.op("Where", low.op("Greater", span, zero), span, one)
     if kind.symmetric:
         return scale, low.graph.constant(float(kind.levels >> 1))
@@ -58,8 +59,14 @@ def _dynamic(low: Lowering, grouped: ir.Value, kind: Scheme) -> tuple[ir.Value, 
 
 
 def fake_quantize(low: Lowering, out: Type, x: ir.Value, grid: Sequence[ir.Value], scheme: str) -> ir.Value:
-    """An activation rounded to a grid and back."""
-    return rounded(low, x, grid, scheme)
+    """An activation rounded to a grid and back; the codes of one scale are kept for products in integers."""
+    kind = activation_scheme(scheme)
+    if kind.dynamic or kind.granularity != "tensor" or kind.bits != 8:
+        return rounded(low, x, grid, scheme)
+    assert low.node is not None
+    scale, zero = _scalars(low, schema_arguments(low.node)[1])
+    codes = low.memo["codes", low.node] = low.op("QuantizeLinear", x, scale, zero)
+    return low.op("DequantizeLinear", codes, scale, zero)
 
 
 def rounded_input(low: Lowering) -> fx.Node | None:
@@ -79,13 +86,10 @@ def integer_product(low: Lowering, name: str, weight: QTensor, bias: ir.Value | 
     whole = weight.scheme.granularity in ("channel", "tensor") and weight.zero is None and weight.minimum is None
     if weight.scheme.bits != 8 or weight.scheme.code != "int" or not whole or not isinstance(weight.scale, Tensor):
         return No(f"MatMulIntegerToFloat takes weights of int8:channel:sym, not {weight.scheme}")
-    x, grid = source.args
-    assert isinstance(x, fx.Node)
-    assert isinstance(grid, (list, tuple))
-    scale, zero = _scalars(low, grid)
     codes = low.memo.get(("codes", source))
     if codes is None:
-        codes = low.memo["codes", source] = low.op("QuantizeLinear", low.value(x), scale, zero)
+        return No("its activation is given, not made here")
+    scale, zero = _scalars(low, schema_arguments(source)[1])
     rows = weight.scale.float().expand(weight.rows, 1).flatten().contiguous()
     signed = Stored(
         (weight.columns, weight.rows),
