@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from qcompiler.axes import place
 from qcompiler.axis_rules import COPIES, HOMOGENEOUS, MOVES
 from qcompiler.errors import No
+from qcompiler.ops import qc
 from qcompiler.passes.positions import named_arguments
 from qcompiler.passes.selection import weight_name
 from qcompiler.pipeline import Context
@@ -27,7 +28,10 @@ PLAIN = {*MOVES, *COPIES} - {aten.neg.default}
 
 
 def open_norms(program: Program, ctx: Context) -> None:
-    """Fold all norms that can be, if rotations then pass more of them than before; else say which ones block."""
+    """Fold all norms that can be, if rotations then pass more of them than before; refuse those that block still.
+
+    Norms of queries and keys are no part of a stream: they are left alone without a word.
+    """
     before = passed(program)
     if len(before) == len(norms(program)):
         return
@@ -37,14 +41,14 @@ def open_norms(program: Program, ctx: Context) -> None:
     fold_weights(trial)
     center(trial)
     trial.clean()
-    if len(passed(trial)) > len(before):
+    after = passed(trial)
+    for norm in norms(trial):
+        if norm not in after and not _reaches_attention(norm):
+            ctx.refuse(No(f"rotations do not pass it: {_why_closed(trial, norm)}", place(norm)))
+    if len(after) > len(before):
         program.restore(trial)
         for note in notes:
             ctx.note(note)
-        return
-    for norm in norms(trial):
-        if reason := _why_closed(trial, norm):
-            ctx.refuse(No(f"rotations do not pass it: {reason}", place(norm)))
 
 
 def norms(program: Program) -> list[fx.Node]:
@@ -60,14 +64,26 @@ def passed(program: Program) -> list[fx.Node]:
 
 
 def _why_closed(program: Program, norm: fx.Node) -> str:
-    """What of a norm could not be folded; "" if nothing is left."""
+    """What of a norm could not be folded."""
     if norm.target is aten.layer_norm.default and _argument(norm, 3) is not None:
         return "its bias is read by more than linear layers"
     if not _weightless(program, norm):
         return "its weight multiplies what more than linear layers read"
     if norm.target is aten.layer_norm.default:
         return "LayerNorm subtracts the mean, and more than such norms reads its input"
-    return ""
+    return "another operator makes or reads its input that they do not pass"
+
+
+def _reaches_attention(value: fx.Node) -> bool:
+    """Whether a value comes to an attention before any linear layer."""
+    waiting, seen = [value], {value}
+    while waiting:
+        fresh = {user for user in waiting.pop().users if user.target is not aten.linear.default} - seen
+        if any(user.target is qc.attention for user in fresh):
+            return True
+        seen |= fresh
+        waiting += fresh
+    return False
 
 
 # -- tied weights ----------------------------------------------------------------------------------------------

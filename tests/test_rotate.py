@@ -149,14 +149,7 @@ def test_families(family: str) -> None:
 # -- norms -----------------------------------------------------------------------------------------------------
 
 
-def around(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A stream that one layer writes, and a norm before what reads it."""
-    return lambda first, mix, last, x, **given: F.linear(
-        norm(F.linear(x, first) + F.linear(torch.tanh(F.linear(x, first[:16])), mix), **given), last
-    )
-
-
-WEIGHTS = {"first": random(16, 10, seed=1), "mix": random(16, 16, seed=2), "last": random(7, 16, seed=3)}
+WEIGHTS = {"first": random(16, 10, seed=1), "last": random(7, 16, seed=3)}
 BIASED = {"weight": random(16, seed=4), "bias": random(16, seed=5)}
 INPUTS = {"x": random(2, 5, 10, seed=6)}
 
@@ -182,7 +175,7 @@ def test_zero_and_negative_weights_fold() -> None:
     weight = random(16, seed=4)
     weight[3] = 0.0
     assert bool((weight < 0).any())
-    program, record = small(function, first=WEIGHTS["first"], last=WEIGHTS["last"], weight=weight)
+    program, record = small(function, **WEIGHTS, weight=weight)
     assert record.notes == ["rotated by weights alone: 1 x residual, 16 channels"]
     assert passed(program) == norms(program)
 
@@ -191,7 +184,7 @@ def test_negative_weights_do_not_pass_relu() -> None:
     def function(first: Tensor, last: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         return F.linear(F.relu(F.rms_norm(F.linear(x, first), (16,), weight, 1e-3)), last)
 
-    _, record = small(function, first=WEIGHTS["first"], last=WEIGHTS["last"], weight=random(16, seed=4))
+    _, record = small(function, **WEIGHTS, weight=random(16, seed=4))
     assert any("its weight multiplies what more than linear layers read" in text for text in record.refusals)
 
 
@@ -201,7 +194,7 @@ def test_a_layer_norm_becomes_an_rms_norm() -> None:
     def function(first: Tensor, last: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
         return F.linear(layer(F.linear(x, first), weight, bias), last)
 
-    program, record = small(function, first=WEIGHTS["first"], last=WEIGHTS["last"], **BIASED)
+    program, record = small(function, **WEIGHTS, **BIASED)
     assert [node.target for node in norms(program)] == [aten.rms_norm.default]
     assert record.notes == ["rotated by weights alone: 1 x residual, 16 channels"]
     assert program.tensors["last.bias"].shape == (7,)
@@ -227,9 +220,20 @@ def test_a_mean_that_stays(what: str) -> None:
     def shared(first: Tensor, last: Tensor, x: Tensor) -> Tensor:
         return function(first, last, x)
 
-    program, record = small(shared, first=WEIGHTS["first"], last=WEIGHTS["last"])
+    program, record = small(shared, **WEIGHTS)
     assert any(node.target is aten.layer_norm.default for node in norms(program))
     assert any(reason in text for text in record.refusals)
+
+
+def test_one_stream_opens_and_one_does_not() -> None:
+    def function(first: Tensor, last: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        passing = F.linear(F.rms_norm(F.linear(x, first), (16,), weight, 1e-3), last)
+        return passing + F.rms_norm(passing, (7,), torch.ones(7), 1e-3)
+
+    _, record = small(function, **WEIGHTS, weight=random(16, seed=4))
+    assert "rotated by weights alone: 1 x residual, 16 channels" in record.notes
+    [reason] = record.refusals
+    assert "another operator makes or reads its input that they do not pass" in reason
 
 
 def test_an_encoder_with_norms_after_the_sums() -> None:
