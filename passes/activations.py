@@ -1,7 +1,7 @@
 """activations: what linear layers read is rounded, by grids measured beforehand or by each token's own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from qcompiler.errors import No, PassError
 from qcompiler.ops import qc
 from qcompiler.passes.ranges import static_grid, statistic_of
 from qcompiler.passes.selection import BODY, layers_of, select, weight_name
+from qcompiler.passes.statistics import Pair, TokenPeaks
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
 from qcompiler.rounding import activation_scheme
@@ -24,8 +25,10 @@ class Activations(Pass):
 
     `ranges` says how a static scheme's range is found: `minmax` (all that was seen), `average` (a moving average of
     each sample's), `percentile`, or `error` (least squared error, each channel weighed by the weights that read it).
-    Ranges are measured segment by segment on inputs that went through the rounded segments before. Weights may be
-    quantized before or after; gptq after this one sees the rounded inputs and makes up for them.
+    Ranges are measured segment by segment on inputs that went through the rounded segments before. Where a token
+    exceeds the median one by more than `massive` times, no static range serves both: that activation is rounded by
+    each token's own range instead, and the report says so (0: never). Weights may be quantized before or after; gptq
+    after this one sees the rounded inputs and makes up for them.
     """
 
     name: ClassVar[str] = "activations"
@@ -35,13 +38,14 @@ class Activations(Pass):
     include: tuple[str, ...] = (BODY,)
     exclude: tuple[str, ...] = ()
     ranges: str = "minmax"
+    massive: float = 30.0
 
     @property
     def uses_data(self) -> bool:
         return not self.scheme.dynamic
 
     def plan(self) -> Pass:
-        return Activations(Scheme.parse("int8:token:asym:dynamic"), self.include, self.exclude)
+        return replace(self, scheme=Scheme.parse("int8:token:asym:dynamic"))
 
     def run(self, program: Program, ctx: Context) -> None:
         activation_scheme(str(self.scheme))
@@ -49,7 +53,7 @@ class Activations(Pass):
         done: dict[fx.Node, fx.Node] = {}
         if self.scheme.dynamic:
             for node in chosen:
-                self._round(program, node, [], done)
+                self._round(program, node, self.scheme, [], done)
         else:
             self._static(program, ctx, chosen, done)
         ctx.note(f"{len(done)} activations, read by {len(chosen)} linear layers, are rounded to {self.scheme}")
@@ -57,7 +61,8 @@ class Activations(Pass):
     def _static(self, program: Program, ctx: Context, chosen: Sequence[fx.Node], done: dict[fx.Node, fx.Node]) -> None:
         if not ctx.samples:
             raise PassError(f"ranges of {self.scheme} need calibration data; give some, or take a dynamic scheme")
-        names, statistic = {node.name for node in chosen}, statistic_of(self.ranges)
+        names = {node.name for node in chosen}
+        statistic = Pair(statistic_of(self.ranges), TokenPeaks())
 
         def needs(nodes: Sequence[fx.Node]) -> Needs:
             return {node.name: statistic for node in nodes if node.name in names}
@@ -68,15 +73,29 @@ class Activations(Pass):
                 readers.setdefault(node.all_input_nodes[0], []).append(node)
             for nodes in readers.values():
                 ctx.node = nodes[0]
-                seen = segment.statistics[nodes[0].name]
+                seen, excess = segment.statistics[nodes[0].name]
                 if seen is None:
                     ctx.refuse(No("no calibration token reached it", weight_name(nodes[0])))
                     continue
-                grid = static_grid(seen, self.scheme, self.ranges, importance=_importance(program, nodes))
+                scheme = self._scheme_for(excess, weight_name(nodes[0]), ctx)
+                grid = []
+                if not scheme.dynamic:
+                    grid = static_grid(seen, scheme, self.ranges, importance=_importance(program, nodes))
                 for node in nodes:
-                    self._round(program, node, grid, done)
+                    self._round(program, node, scheme, grid, done)
 
-    def _round(self, program: Program, node: fx.Node, grid: Sequence[Tensor], done: dict[fx.Node, fx.Node]) -> None:
+    def _scheme_for(self, excess: float, name: str, ctx: Context) -> Scheme:
+        """The static scheme, or its dynamic twin where there are massive activations."""
+        if not self.massive or excess <= self.massive:
+            return self.scheme
+        coarse = self.scheme.granularity in ("tensor", "channel")
+        twin = replace(self.scheme, dynamic=True, granularity="token" if coarse else self.scheme.granularity)
+        ctx.refuse(No(f"a token is {excess:.0f} times the median one, no static range serves both: {twin}", name))
+        return twin
+
+    def _round(
+        self, program: Program, node: fx.Node, scheme: Scheme, grid: Sequence[Tensor], done: dict[fx.Node, fx.Node]
+    ) -> None:
         x = node.all_input_nodes[0]
         if x not in done:
             with program.graph.inserting_before(node):
@@ -84,7 +103,7 @@ class Activations(Pass):
                     program.store(f"{weight_name(node)}.input_{part}", value, like=node)
                     for part, value in zip(("scale", "zero"), grid, strict=False)
                 ]
-                done[x] = program.call(qc.fake_quantize, (x, stored), {"scheme": str(self.scheme)}, like=node)
+                done[x] = program.call(qc.fake_quantize, (x, stored), {"scheme": str(scheme)}, like=node)
             done[x].meta["type"] = x.meta["type"]
         node.update_arg(0, done[x])
 

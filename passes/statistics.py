@@ -1,6 +1,7 @@
 """Statistics that more than one pass asks for, each a fold over activations [tokens, channels]."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,3 +92,47 @@ class Sampled(Statistic):
 
     def done(self, state: tuple[int, int, Tensor | None]) -> Tensor | None:
         return state[2]
+
+
+@dataclass(frozen=True)
+class TokenPeaks(Statistic):
+    """By how much the largest magnitude of any token exceeds the median token's.
+
+    3 to 10 as a rule; hundreds where there are massive activations (Sun et al., arXiv 2402.17762), which no static
+    range can serve together with the others. The median is of at most `rows` evenly spaced tokens.
+    """
+
+    rows: int = 4096
+    heads: bool = False
+
+    def start(self) -> tuple[Any, float]:
+        return Sampled(self.rows).start(), 0.0
+
+    def step(self, state: tuple[Any, float], x: Tensor) -> tuple[Any, float]:
+        peaks = x.float().abs().amax(1, keepdim=True)
+        return Sampled(self.rows).step(state[0], peaks), max(state[1], peaks.max().item())
+
+    def done(self, state: tuple[Any, float]) -> float:
+        peaks = state[0][2]
+        return 0.0 if peaks is None else state[1] / max(peaks.median().item(), 1e-30)
+
+
+@dataclass(frozen=True)
+class Pair(Statistic):
+    """Two statistics of the same value."""
+
+    first: Statistic
+    second: Statistic
+
+    @property
+    def heads(self) -> bool:  # type: ignore[override]
+        return self.first.heads
+
+    def start(self) -> tuple[Any, Any]:
+        return self.first.start(), self.second.start()
+
+    def step(self, state: tuple[Any, Any], x: Tensor) -> tuple[Any, Any]:
+        return self.first.step(state[0], x), self.second.step(state[1], x)
+
+    def done(self, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        return self.first.done(state[0]), self.second.done(state[1])
