@@ -50,6 +50,9 @@ class Activations(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         activation_scheme(str(self.scheme))
         chosen = select(program, self.include, self.exclude, ctx, layers_of(program))
+        for node in [n for n in chosen if n.all_input_nodes[0].target is qc.fake_quantize]:
+            ctx.refuse(No("its input is rounded already", weight_name(node)))
+            chosen.remove(node)
         done: dict[fx.Node, fx.Node] = {}
         if self.scheme.dynamic:
             for node in chosen:

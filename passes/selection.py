@@ -12,7 +12,8 @@ from qcompiler.ops import qc
 from qcompiler.pipeline import Context
 from qcompiler.program import Program
 
-BODY, HEAD = "@body", "@head"
+BODY, HEAD, NORMED = "@body", "@head", "@normed"
+NORMS = (torch.ops.aten.rms_norm.default, torch.ops.aten.layer_norm.default)
 
 
 def layers_of(program: Program) -> list[fx.Node]:
@@ -30,16 +31,18 @@ def select(
     """The float linear layers (or those of `layers`) whose module path or weight name matches `include`, not `exclude`.
 
     Patterns are shell-style (`*.mlp.*`); `@head` is the layers after the last repeated block (the language-model
-    head), `@body` all others. Raises RecipeError for a pattern that matches no layer; a model without a head is
-    refused by name instead, since named recipes ask for one of every model.
+    head), `@body` all others, `@normed` those of the body that read the output of a norm. Raises RecipeError for a
+    pattern that matches no layer; a model without a head (or norms before layers) is refused by name instead, since
+    named recipes ask for them of every model.
     """
     last = mark_segments(program) - 1
     layers = program.linears() if layers is None else layers
     for pattern in (*include, *exclude):
         if any(_matches(node, pattern, last) for node in layers):
             continue
-        if pattern == HEAD:
-            ctx.refuse(No("no linear layer follows the repeated blocks", HEAD))
+        if pattern in (HEAD, NORMED):
+            why = "follows the repeated blocks" if pattern == HEAD else "reads the output of a norm"
+            ctx.refuse(No(f"no linear layer {why}", pattern))
         else:
             paths = sorted({_path(node) for node in layers})
             shown = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
@@ -67,10 +70,18 @@ def check_coverage(chosen: int, done: int, minimum: float) -> None:
 
 
 def _matches(node: fx.Node, pattern: str, last: int) -> bool:
-    if pattern in (BODY, HEAD):
+    if pattern in (BODY, HEAD, NORMED):
         is_head = last > 0 and node.meta.get("segment") == last
-        return is_head == (pattern == HEAD)
+        return is_head == (pattern == HEAD) and (pattern != NORMED or _reads_norm(node))
     return fnmatchcase(_path(node), pattern) or fnmatchcase(weight_name(node), pattern)
+
+
+def _reads_norm(node: fx.Node) -> bool:
+    """Whether a layer's input is the output of a norm, rounded or not."""
+    source = node.args[0]
+    while isinstance(source, fx.Node) and source.target in (qc.fake_quantize, qc.hadamard):
+        source = source.args[0]
+    return isinstance(source, fx.Node) and source.target in (*NORMS, qc.reordered_norm)
 
 
 def _path(node: fx.Node) -> str:
