@@ -37,6 +37,7 @@ def open_norms(program: Program, ctx: Context) -> None:
         return
     trial = program.copy()
     notes = list(untie(trial))
+    fold_tables(trial)
     fold_biases(trial)
     fold_weights(trial)
     center(trial)
@@ -107,6 +108,25 @@ def users_of(program: Program, name: str) -> Iterator[fx.Node]:
     for source in program.graph.nodes:
         if source.op == "get_attr" and source.target == name:
             yield from source.users
+
+
+# -- first of all: embeddings ------------------------------------------------------------------------------------
+
+
+def fold_tables(program: Program) -> None:
+    """Norm(table[ids]) = Norm(table)[ids]: a norm that alone reads an embedding is taken of the table's rows."""
+    for norm in norms(program):
+        x = norm.all_input_nodes[0]
+        table = program.tensor_of(x.args[0]) if x.target is aten.embedding.default else None
+        if table is None or list(x.users) != [norm] or norm.meta["type"] != x.meta["type"]:
+            continue
+        parameters = [program.tensor_of(a) if isinstance(a, fx.Node) else a for a in norm.args[1:]]
+        wide = [a.double() if isinstance(a, Tensor) else a for a in parameters]
+        rows = norm.target(table.double(), *wide).to(table.dtype)  # type: ignore[operator]
+        with program.graph.inserting_before(x):
+            x.update_arg(0, program.store(f"{x.args[0].target}_normed", rows, like=x))  # type: ignore[union-attr]
+        norm.replace_all_uses_with(x)
+        program.clean()
 
 
 # -- forwards: biases and weights --------------------------------------------------------------------------------

@@ -120,6 +120,7 @@ FAMILIES = {  # what is rotated
     "cohere": ["residual", "heads"],  # LayerNorm, a norm for each head, parallel blocks, tied embeddings
     "mixtral": ["residual", "heads"],  # experts read the stream
     "opt": ["residual", "qk", "heads"],  # LayerNorm, learned positions
+    "bloom": ["residual", "qk", "heads"],  # a norm of the embeddings
     "gpt_neox": ["residual", "heads"],  # parallel blocks with two norms
     "falcon": ["residual", "heads"],  # one key for all heads
     "phi": ["residual", "heads"],  # partial rotary positions
@@ -198,6 +199,23 @@ def test_a_layer_norm_becomes_an_rms_norm() -> None:
     assert [node.target for node in norms(program)] == [aten.rms_norm.default]
     assert record.notes == ["rotated by weights alone: 1 x residual, 16 channels"]
     assert program.tensors["last.bias"].shape == (7,)
+
+
+def test_a_norm_of_an_embedding_is_taken_of_its_table() -> None:
+    """As in BLOOM, whose stream begins with a norm."""
+
+    def function(table: Tensor, weight: Tensor, bias: Tensor, mix: Tensor, ids: Tensor) -> Tensor:
+        x = layer(F.embedding(ids, table), weight, bias)
+        return F.linear(layer(x + F.linear(layer(x), mix)), table)
+
+    ids = torch.randint(0, 30, (2, 5), generator=torch.Generator().manual_seed(0))
+    weights = {"table": random(30, 16, seed=1), "mix": random(16, 16, seed=2), **BIASED}
+    program, _ = canonical(function, {"ids": ids}, **weights)
+    program, runner = in_double(program), Runner(Context(), [{"ids": ids}])
+    runner.run(program, [Rotate()])
+    assert (runner.records[0].output_change or 0.0) < 1e-12
+    assert "rotated by weights alone: 1 x residual, 16 channels" in runner.records[0].notes
+    assert [node.target for node in norms(program)] == [aten.rms_norm.default] * 2
 
 
 CLOSED: dict[str, tuple[Callable[..., Tensor], str]] = {
