@@ -10,10 +10,10 @@ ARGS    ?=
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test lint types bench architectures bless clean
+.PHONY: help dev demo test lint types bench bench-quality architectures bless clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo '  ARGS="..." is passed on, as in: make test ARGS="-k rptq"'
 
 dev: $(STAMP)  ## make .venv and install everything into it (nothing to do if it is up to date)
@@ -34,6 +34,9 @@ types: dev  ## mypy, strict
 
 bench: dev  ## measure, and write the numbers to benchmarks/
 	$(PY) benchmarks/run.py $(ARGS)
+
+bench-quality: dev  ## perplexity by method and configuration, into docs/quality.md: ARGS='--text FILE'
+	$(PY) benchmarks/methods.py $(ARGS)
 
 architectures: dev  ## capture every architecture transformers knows, and write the table
 	$(PY) benchmarks/architectures.py $(ARGS)
