@@ -1,0 +1,137 @@
+"""RPTQ's configurations on SmolLM2-135M, against the W4A16 program with the same weights.
+
+    python benchmarks/rptq.py --text valid.txt [--windows 16] [--only W4A8]
+
+Writes results/rptq.json: perplexity, its ratio to the W4A16 program's, the bars; and the same rounding with one scale
+a tensor, and with free clusters (K-Means without whole groups, as many of them) for comparison.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from common import write
+from quality import LENGTH, build_reference
+from torch import fx
+
+from qcompiler import data, evaluate
+from qcompiler.calibration import Needs
+from qcompiler.compiler import calibration_writer, capture, tokenizer_of
+from qcompiler.data import Calibration
+from qcompiler.ops import qc
+from qcompiler.passes.rptq import features
+from qcompiler.passes.selection import BODY, layers_of, select
+from qcompiler.passes.statistics import MinMax
+from qcompiler.pipeline import Context, Contract, Pass, Runner
+from qcompiler.program import Program
+from qcompiler.recipe import Recipe
+from qcompiler.rounding import grid_of
+from qcompiler.scheme import Scheme
+from qcompiler.source import resolve
+
+WEIGHTS = {4: "rptq{group=32}, gptq{scheme=int4:g32:asym}", 3: "rptq{group=32}, gptq{scheme=int3:g32:asym}"}
+NORMED = "activations{scheme=int8:g32:asym include=@normed}, activations{scheme=int4:g32:asym exclude=@normed|@head}"
+STATIC_KV = "kv{{key=int{0}:g8:asym value=int{0}:g8:asym}}"
+BLOCK_KV = "kv{{key=int{0}:channel:asym:dynamic block=64 value=int{0}:g32:asym:dynamic}}"
+ATTENTION = "kv{{key=int{0}:g8:asym value=int{0}:g8:asym query=int{0}:g8:asym levels=255}}"
+CONFIGURATIONS = {  # name: (bits of the weights, what comes after them, the highest ratio to W4A16 asked for, or None)
+    "W4A8": (4, "activations{scheme=int8:g32:asym}, " + ATTENTION.format(8), 1.04),
+    "W4A8 linear layers only": (4, "activations{scheme=int8:g32:asym}", None),
+    "W4A8 without relief for massive activations": (4, "activations{scheme=int8:g32:asym massive=0}", None),
+    "W4A8 per tensor": (4, "activations{scheme=int8:tensor:asym massive=0}", None),
+    "W4A8 free clusters": (4, "free", None),
+    "W4A4": (4, f"{NORMED}, {ATTENTION.format(4)}", 1.5),
+    "W4A4 linear layers only": (4, NORMED, None),
+    "W4A4 dynamic": (4, "activations{scheme=int4:g32:asym:dynamic}", None),
+    "W4A4KV": (4, STATIC_KV.format(4), 1.04),
+    "W4A4KV by channel": (4, "kv{key=int4:channel:asym value=int4:channel:asym}", None),
+    "W4A4KV blocks": (4, BLOCK_KV.format(4), 1.04),
+    "W4A3KV": (4, STATIC_KV.format(3), 1.12),
+    "W4A3KV blocks": (4, BLOCK_KV.format(3), 1.12),
+    "W3A3KV": (3, STATIC_KV.format(3), None),
+    "W3A3KV blocks": (3, BLOCK_KV.format(3), None),
+}
+
+
+@dataclass(frozen=True)
+class FreeClusters(Pass):
+    """Static 8-bit activations with a scale for each of 18 K-Means clusters of any size, wherever its channels are."""
+
+    name: ClassVar[str] = "free"
+    contract: ClassVar[Contract] = Contract.LOSSY
+
+    def run(self, program: Program, ctx: Context) -> None:
+        from sklearn.cluster import KMeans
+
+        layers = select(program, (BODY,), (), ctx, layers_of(program))
+
+        def needs(nodes: Any) -> Needs:
+            return {node.name: MinMax() for node in nodes if node in layers}
+
+        done: dict[fx.Node, fx.Node] = {}
+        for segment in ctx.sweep(program, needs):
+            for node in [n for n in segment.nodes if n.name in segment.statistics]:
+                x, seen = node.all_input_nodes[0], segment.statistics[node.name]
+                if x not in done:
+                    channels = seen.shape[1]
+                    points = features(seen, torch.arange(channels)[None, None])[0]
+                    labels = torch.from_numpy(
+                        KMeans(channels // 32, n_init=4, random_state=0).fit_predict(points)
+                    ).long()
+                    low = seen.new_zeros(channels // 32).scatter_reduce(0, labels, seen[0], "amin")[labels]
+                    high = seen.new_zeros(channels // 32).scatter_reduce(0, labels, seen[1], "amax")[labels]
+                    scheme = Scheme.parse("int8:channel:asym")
+                    with program.graph.inserting_before(node):
+                        grid = [program.store("free", part, like=node) for part in grid_of(low, high, scheme)]
+                        done[x] = program.call(qc.fake_quantize, (x, grid), {"scheme": str(scheme)}, like=node)
+                    done[x].meta["type"] = x.meta["type"]
+                node.update_arg(0, done[x])
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--only", default="", help="only configurations whose name contains this")
+    options = parser.parse_args()
+
+    base = capture(resolve("demo").model)
+    tokenizer = tokenizer_of(base)
+    Runner(Context(), data.check_samples(base)).run(base, Recipe.parse("canonicalize").passes)
+    tokens = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
+    calibration = Calibration()
+    samples = data.load(calibration, calibration_writer(base, calibration))
+
+    def perplexity(program: Program) -> float:
+        return evaluate.perplexity(build_reference(program), tokens, LENGTH, options.windows)
+
+    figures: dict[str, Any] = {"text": options.text.name, "windows": options.windows, "fp32": perplexity(base)}
+    weights: dict[int, Program] = {}
+    for name, (bits, passes, bar) in CONFIGURATIONS.items():
+        if options.only not in name:
+            continue
+        if bits not in weights:
+            weights[bits] = _ran(base, Recipe.parse(WEIGHTS[bits]).passes, samples)
+            figures[f"W{bits}A16"] = perplexity(weights[bits])
+            print(f"W{bits}A16", figures[f"W{bits}A16"] / figures["fp32"], flush=True)
+        steps = (FreeClusters(),) if passes == "free" else Recipe.parse(passes).passes
+        found = perplexity(_ran(weights[bits], steps, samples))
+        ratio = found / figures[f"W{bits}A16"]
+        figures[name] = {"passes": passes, "perplexity": round(found, 3), "ratio": round(ratio, 4)}
+        figures[name] |= {"bar": bar, "met": ratio <= bar} if bar else {}
+        print(name, json.dumps(figures[name]), flush=True)
+        write("rptq", figures)
+
+
+def _ran(program: Program, steps: Any, samples: Any) -> Program:
+    copy = program.copy()
+    Runner(Context(samples=samples), data.check_samples(copy)).run(copy, steps)
+    return copy
+
+
+if __name__ == "__main__":
+    main()
