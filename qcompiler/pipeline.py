@@ -234,11 +234,19 @@ class Runner:
 def in_double(program: Program) -> Program:
     """A copy that computes in double precision throughout."""
     copy = program.copy()
-    copy.tensors = {name: t.double() if t.is_floating_point() else t for name, t in copy.tensors.items()}
+    copy.tensors = _Doubled(copy.tensors)
     for node in copy.calls():
         node.args = tuple(map(_wide, node.args))
         node.kwargs = {name: _wide(value) for name, value in node.kwargs.items()}
     return copy
+
+
+class _Doubled(dict[str, Tensor]):
+    """Stored tensors that are doubled when they are read, so that a large program is never held twice over."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = super().__getitem__(name)
+        return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _wide(argument: Any) -> Any:
