@@ -10,7 +10,7 @@ ARGS    ?=
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test lint types bench bench-quality architectures bless clean
+.PHONY: help dev demo test lint types bench bench-quality architectures decoder bless clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ bench-quality: dev  ## perplexity by method and configuration, into docs/quality
 
 architectures: dev  ## capture every architecture transformers knows, and write the table
 	$(PY) benchmarks/architectures.py $(ARGS)
+
+decoder: dev  ## train a small LayerNorm decoder into build/decoder, once (eight minutes); ARGS="--text FILE"
+	$(PY) benchmarks/train_decoder.py $(ARGS)
 
 bless: dev  ## rewrite the golden texts; then review their diff
 	QCOMPILER_BLESS=1 $(PYTEST) tests -m "golden and not slow" $(ARGS)
