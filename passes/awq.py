@@ -24,7 +24,7 @@ class Awq(Pass):
 
     For each symmetry site the factors are s = (root mean square of the activation) ^ alpha (section 3.2), alpha from 0
     to 1 in `steps` steps (0: no scaling), whichever gives the smallest output error of all layers that read the
-    channels. Where the paper takes mean magnitudes and runs the layers, this takes the Hessian x x', which gives both
+    value. Where the paper takes mean magnitudes and runs the layers, this takes the Hessian x x', which gives both
     the magnitudes and the exact squared error. The weights are not rounded here: rtn or gptq does that next, with the
     same scheme.
     """
@@ -52,7 +52,7 @@ class Awq(Pass):
 
     def _factors(self, program: Program, reading: Reading, hessian: Tensor) -> Tensor:
         """By how much to multiply the readers' columns, [blocks, channels]: the best of the grid."""
-        places, weights = reading.places, reading.weights(program)
+        places, weights = reading.places, reading.weights(program, reading.alike)
         magnitude = hessian.diagonal()[places].mean(1).sqrt().clamp(min=1e-8)
         best, least = torch.ones_like(magnitude), torch.inf
         for step in range(self.steps + 1):

@@ -17,24 +17,28 @@ from qcompiler.sites import Kind, Site, find
 
 @dataclass(frozen=True)
 class Reading:
-    """A site and the selected linear layers that read its channels; `readers` are their columns, by place in `uses`."""
+    """A site and the selected linear layers that read its channels; `readers` are their columns, by place in `uses`.
+
+    `alike` are those of them that read the same value as the first; others may read the channels beside more.
+    """
 
     site: Site
     readers: tuple[int, ...]
+    alike: tuple[int, ...]
 
     @property
     def places(self) -> Tensor:
         """Where the first layer's input holds the channels, int64 [blocks, copies, channels]."""
         return self.site.positions[self.readers[0]]
 
-    def weights(self, program: Program) -> list[Tensor]:
-        """What the layers multiply by, float32 [n, k] each."""
-        return [program.tensors[self.site.uses[i].tensor].float() for i in self.readers]
+    def weights(self, program: Program, readers: Sequence[int]) -> list[Tensor]:
+        """What these readers multiply by, float32 [n, k] each."""
+        return [program.tensors[self.site.uses[i].tensor].float() for i in readers]
 
     def column_ranges(self, program: Program) -> Tensor:
         """The largest magnitude among the weights that read each channel, [blocks, channels]."""
         places = [self.site.positions[i] for i in self.readers]
-        pairs = zip(self.weights(program), places, strict=True)
+        pairs = zip(self.weights(program, self.readers), places, strict=True)
         return torch.cat([weight.abs().amax(0)[at] for weight, at in pairs], 1).amax(1)
 
 
@@ -46,9 +50,10 @@ def readings(program: Program, layers: Sequence[fx.Node], ctx: Context) -> dict[
     for site in find(program, Kind.SCALE):
         readers = [i for i, use in enumerate(site.uses) if use.power < 0 and use.tensor in by_name]
         if readers:
-            names = [site.uses[i].tensor for i in readers]
-            reached.update(names)
-            found.setdefault(by_name[names[0]], []).append(Reading(site, tuple(readers)))
+            nodes = [by_name[site.uses[i].tensor] for i in readers]
+            alike = [i for i, node in zip(readers, nodes, strict=True) if node.args[0] is nodes[0].args[0]]
+            reached.update(site.uses[i].tensor for i in readers)
+            found.setdefault(nodes[0], []).append(Reading(site, tuple(readers), tuple(alike)))
     for name in by_name:
         if name not in reached:
             ctx.refuse(No("no factor can pass to what makes its channels", name))

@@ -9,7 +9,8 @@ from qcompiler import data
 from qcompiler.errors import PassError
 from qcompiler.passes.awq import Awq
 from qcompiler.passes.rtn import Rtn
-from qcompiler.pipeline import Context, Runner
+from qcompiler.passes.smoothquant import SmoothQuant
+from qcompiler.pipeline import Context, Pass, Runner
 from qcompiler.program import Program
 from qcompiler.scheme import Scheme
 from tests.programs import tiny_llama
@@ -53,6 +54,23 @@ def test_it_is_exact_by_itself_and_says_where_it_cannot_reach() -> None:
     assert record.changed
     assert record.output_change < 1e-4
     assert any("no factor can pass to what makes its channels" in text for text in record.refusals)
+
+
+@pytest.mark.parametrize("subject", [Awq(SCHEME), SmoothQuant()], ids=str)
+def test_channels_may_be_read_beside_others(subject: Pass) -> None:
+    """A layer reads them alone, another with more channels before them."""
+
+    def function(a: Tensor, b: Tensor, c: Tensor, d: Tensor, x: Tensor) -> Tensor:
+        y = F.linear(x, a)
+        return F.linear(y, c) + F.linear(torch.cat([F.linear(x, b), y], -1), d)
+
+    weights = {"a": random(32, 16), "b": random(24, 16, seed=1), "c": random(8, 32, seed=2), "d": random(8, 56, seed=3)}
+    inputs = {"x": random(4, 16, 16, seed=4)}
+    program, _ = canonical(function, inputs, **weights)
+    runner = Runner(Context(samples=[inputs]), [inputs])
+    runner.run(program, [subject])
+    assert runner.records[0].output_change < 1e-4
+    assert all(not torch.equal(program.tensors[name], weights[name]) for name in weights)
 
 
 def test_it_needs_data() -> None:
