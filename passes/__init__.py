@@ -12,6 +12,7 @@ from qcompiler.passes.carry import Carry
 from qcompiler.passes.equalize import Equalize
 from qcompiler.passes.fuse import Fuse
 from qcompiler.passes.gptq import Gptq
+from qcompiler.passes.integers import Integers
 from qcompiler.passes.kv import Kv
 from qcompiler.passes.kv_cache import KvCache
 from qcompiler.passes.pack import Pack
@@ -30,6 +31,7 @@ PLUGIN = Plugin(
         Equalize,
         Fuse,
         Gptq,
+        Integers,
         Kv,
         KvCache,
         Pack,

@@ -275,7 +275,13 @@ class Program:
         for user in self._users_of(name):
             with self.graph.inserting_before(user):
                 source = self.get(name, like=user)
-            if user.target is ops.qc.linear:
+            if user.target is ops.qc.integer_linear:
+                x, grid, scheme = user.args[0], user.args[2], {"scheme": user.kwargs["scheme"]}
+                with self.graph.inserting_before(user):
+                    rounded = self.call(ops.qc.fake_quantize, (x, grid), scheme, like=user)
+                rounded.meta["type"] = x.meta["type"]  # type: ignore[union-attr]
+                self.replace(user, torch.ops.aten.linear.default, (rounded, source, *user.args[3:4]))
+            elif user.target is ops.qc.linear:
                 self.replace(user, torch.ops.aten.linear.default, (user.args[0], source, *user.args[2:3]))
             elif user.target is ops.qc.embedding:
                 self.replace(user, torch.ops.aten.embedding.default, (source, user.args[0]))

@@ -43,19 +43,22 @@ def test_rounded_activations(scheme: str) -> None:
 
 def test_static_8_bits_are_multiplied_in_integers() -> None:
     program = made(
-        "activations{scheme=int8:tensor:asym include=*}, rtn{scheme=int8:channel:sym include=*}, fuse, kv_cache"
+        "activations{scheme=int8:tensor:asym include=*}, rtn{scheme=int8:channel:sym include=*}, "
+        "fuse, kv_cache, integers"
     )
     assert difference(program) < 2e-3
     kernels = EXACT.lower(program).details()["kernels"]
     assert kernels["MatMulIntegerToFloat"] > 5
     encoder = made(
-        "activations{scheme=int8:tensor:asym include=*}, rtn{scheme=int8:channel:sym include=*}", tiny_encoder
+        "activations{scheme=int8:tensor:asym include=*}, rtn{scheme=int8:channel:sym include=*}, integers", tiny_encoder
     )
     assert difference(encoder, encoder.outputs[0]) < 2e-3
 
 
 def test_other_schemes_say_why_they_are_not() -> None:
-    program = made("activations{scheme=int8:token:asym:dynamic include=*}, rtn{scheme=int8:channel:sym include=*}")
+    program = made(
+        "activations{scheme=int8:token:asym:dynamic include=*}, rtn{scheme=int8:channel:sym include=*}, integers"
+    )
     refusals = EXACT.lower(program).details()["refusals"]
     assert any(
         "MatMulIntegerToFloat takes activations of int8:tensor, not int8:token:asym:dynamic" in r for r in refusals

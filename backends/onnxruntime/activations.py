@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.backends.onnxruntime.graph import Stored, sizes_of, typed
-from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, Unsupported, operator_name, schema_arguments
+from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, Unsupported
 from qcompiler.errors import No
 from qcompiler.program import Type
 from qcompiler.rounding import activation_scheme, group_size
@@ -59,37 +59,30 @@ def _dynamic(low: Lowering, grouped: ir.Value, kind: Scheme) -> tuple[ir.Value, 
 
 
 def fake_quantize(low: Lowering, out: Type, x: ir.Value, grid: Sequence[ir.Value], scheme: str) -> ir.Value:
-    """An activation rounded to a grid and back; the codes of one scale are kept for products in integers."""
+    """An activation rounded to a grid and back."""
+    return rounded(low, x, grid, scheme)
+
+
+def integer_product(
+    low: Lowering,
+    x: ir.Value,
+    grid: Sequence[fx.Node],
+    scheme: str,
+    name: str,
+    weight: QTensor,
+    bias: ir.Value | None,
+) -> ir.Value | No:
+    """A product of 8-bit codes: one static scale for the activation, one a row for the weight."""
     kind = activation_scheme(scheme)
     if kind.dynamic or kind.granularity != "tensor" or kind.bits != 8:
-        return rounded(low, x, grid, scheme)
-    assert low.node is not None
-    scale, zero = _scalars(low, schema_arguments(low.node)[1])
-    codes = low.memo["codes", low.node] = low.op("QuantizeLinear", x, scale, zero)
-    return low.op("DequantizeLinear", codes, scale, zero)
-
-
-def rounded_input(low: Lowering) -> fx.Node | None:
-    """The `qc.fake_quantize` that the linear layer being lowered reads, if it reads one."""
-    source: Any = low.node.args[0] if low.node is not None else None
-    return source if isinstance(source, fx.Node) and operator_name(source) == "qc.fake_quantize" else None
-
-
-def integer_product(low: Lowering, name: str, weight: QTensor, bias: ir.Value | None) -> ir.Value | No:
-    """The layer as a product of 8-bit codes: one static scale for the activation, one a row for the weight."""
-    source = rounded_input(low)
-    if source is None:
-        return No("its activation is not rounded")
-    kind = activation_scheme(str(source.kwargs["scheme"]))
-    if kind.dynamic or kind.granularity != "tensor" or kind.bits != 8 or kind.code != "int":
         return No(f"MatMulIntegerToFloat takes activations of int8:tensor, not {kind}")
     whole = weight.scheme.granularity in ("channel", "tensor") and weight.zero is None and weight.minimum is None
     if weight.scheme.bits != 8 or weight.scheme.code != "int" or not whole or not isinstance(weight.scale, Tensor):
         return No(f"MatMulIntegerToFloat takes weights of int8:channel:sym, not {weight.scheme}")
-    codes = low.memo.get(("codes", source))
-    if codes is None:
-        return No("its activation is given, not made here")
-    scale, zero = _scalars(low, schema_arguments(source)[1])
+    scale, zero = _scalars(low, grid)
+    key = ("codes", x, scale, zero)  # shared by the layers that read x
+    if key not in low.memo:
+        low.memo[key] = low.op("QuantizeLinear", x, scale, zero)
     rows = weight.scale.float().expand(weight.rows, 1).flatten().contiguous()
     signed = Stored(
         (weight.columns, weight.rows),
@@ -99,7 +92,7 @@ def integer_product(low: Lowering, name: str, weight: QTensor, bias: ir.Value | 
     )
     product: ir.Value = low.contrib(
         "MatMulIntegerToFloat",
-        codes,
+        low.memo[key],
         low.graph.store(f"{name}::signed", signed),
         scale,
         low.graph.store(f"{name}::row scales", Stored((weight.rows,), torch.float32, lambda: rows, f"{name}::rows")),

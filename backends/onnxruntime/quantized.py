@@ -1,17 +1,19 @@
 """Rules for qc.linear, qc.embedding and qc.dequantize: the first kernel that accepts the weight writes it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from qcompiler.backends.onnxruntime import weights
-from qcompiler.backends.onnxruntime.activations import integer_product, rounded_input
+from qcompiler.backends.onnxruntime.activations import integer_product, rounded
 from qcompiler.backends.onnxruntime.graph import Stored, typed
-from qcompiler.backends.onnxruntime.lowering import Lowering, Rule
+from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, schema_arguments
 from qcompiler.backends.onnxruntime.weights import Blockwise
 from qcompiler.errors import No
 from qcompiler.program import Type
+from qcompiler.rounding import activation_scheme
 from qcompiler.scheme import QTensor
 from qcompiler.target import Kernel
 
@@ -40,12 +42,6 @@ def choose(low: Lowering, op: str, name: str, weight: QTensor) -> Kernel:
 def linear(low: Lowering, out: Type, x: ir.Value, parts: Any, bias: ir.Value | None, spec: str) -> ir.Value:
     """x times the transposed weight, plus bias."""
     name, weight = weight_of(low)
-    product = integer_product(low, name, weight, bias)
-    if isinstance(product, ir.Value):
-        low.kernels[low.label] = "MatMulIntegerToFloat"
-        return product
-    if rounded_input(low) is not None:
-        low.refusals.append(product.at(name))
     kernel = choose(low, "qc.linear", name, weight)
     if kernel is weights.FLOAT_MATMUL:
         product = low.op("MatMul", x, whole(low, name, weight, transposed=True))
@@ -58,6 +54,35 @@ def linear(low: Lowering, out: Type, x: ir.Value, parts: Any, bias: ir.Value | N
         return product
     product = low.op("Add", product, low.op("MatMul", group_sums(low, cut, x), correction(low, cut)))
     return product if bias is None else low.op("Add", product, bias)
+
+
+def integer_linear(
+    low: Lowering,
+    out: Type,
+    x: ir.Value,
+    parts: Any,
+    grid: Sequence[ir.Value],
+    bias: ir.Value | None,
+    spec: str,
+    scheme: str,
+) -> ir.Value:
+    """A linear layer over a rounded activation: in integers where there is a kernel, over rounded floats elsewhere."""
+    assert low.node is not None
+    name, weight = weight_of(low)
+    product = integer_product(low, x, schema_arguments(low.node)[2], scheme, name, weight, bias)
+    if isinstance(product, ir.Value):
+        low.kernels[low.label] = "MatMulIntegerToFloat"
+        return product
+    low.refusals.append(product.at(name))
+    kind = activation_scheme(scheme)
+    if kind.bits == 8 and kind.dynamic and low.options.accuracy_level == 4:
+        low.refusals.append(No(f"MatMulNBits rounds activations to 8 bits in its own way, not {kind}", name))
+    else:
+        key = ("rounded", x, *grid, scheme)  # shared by the layers that read x
+        if key not in low.memo:
+            low.memo[key] = rounded(low, x, grid, scheme)
+        x = low.memo[key]
+    return linear(low, out, x, parts, bias, spec)
 
 
 def matmul_nbits(low: Lowering, cut: Blockwise, x: ir.Value, bias: ir.Value | None) -> ir.Value:
@@ -140,4 +165,9 @@ def whole(low: Lowering, name: str, weight: QTensor, transposed: bool = False) -
     return low.graph.store(label, Stored(tuple(shape), weight.dtype, make, label))
 
 
-RULES: dict[str, Rule] = {"qc.linear": linear, "qc.embedding": embedding, "qc.dequantize": dequantize}
+RULES: dict[str, Rule] = {
+    "qc.linear": linear,
+    "qc.integer_linear": integer_linear,
+    "qc.embedding": embedding,
+    "qc.dequantize": dequantize,
+}
