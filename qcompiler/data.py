@@ -112,7 +112,13 @@ def _windows(entries: Sequence[Any], calibration: Calibration, tokenizer: Any) -
 
 def _batches(rows: Sequence[Tensor], program: Program) -> list[Sample]:
     """Token rows stacked into batches of about TOKENS_PER_BATCH tokens; only rows of one length share a batch."""
-    name = program.inputs[0].name
+    name, vocabulary = program.inputs[0].name, program.info.get("vocab_size")
+    largest = max(int(row.max()) for row in rows) if rows else 0
+    if vocabulary and largest >= vocabulary:
+        raise InputError(
+            f"the calibration data holds token {largest} and the model knows {vocabulary} tokens; "
+            "give tokens of this model's own tokenizer"
+        )
     batches: list[Sample] = []
     pending: list[Tensor] = []
     for row in rows:

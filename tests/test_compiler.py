@@ -133,6 +133,7 @@ def test_bad_calibration_is_said(tmp_path: Path) -> None:
         (tmp_path / "gone.txt", "does not exist"),
         ([], "calibration data is empty"),
         (["short"], "fewer than one window of 20"),
+        ([torch.full((1, 20), 10**6)], r"holds token 1000000 and the model knows \d+ tokens"),
     ):
         with pytest.raises(InputError, match=message):
             data.load(data.Calibration(source, 3, 20), program, Tokenizer())

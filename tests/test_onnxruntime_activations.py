@@ -96,3 +96,17 @@ def test_a_cache_it_does_not_have_stays_float_and_says_so() -> None:
 def test_attention_over_some_floats_is_refused() -> None:
     program = made("kv{key=int4:token:asym:dynamic value=int4:token:asym:dynamic recent=4}, fuse, kv_cache")
     assert any("some keys stay in float" in str(no) for no in refusals_of(program, EXACT))
+
+
+def test_norms_that_store_in_another_order_are_followed_by_a_gather() -> None:
+    program = made("rptq{group=4 head_group=4}, fuse, kv_cache")
+    assert difference(program) < 1e-5
+    assert any("rptq{norms=residual} needs none" in text for text in EXACT.lower(program).details()["refusals"])
+    without = made("rptq{group=4 head_group=4 norms=residual}, fuse, kv_cache")
+    assert difference(without) < 1e-5
+    assert not any("stores in another order" in text for text in EXACT.lower(without).details()["refusals"])
+
+
+def test_rounded_attention_weights() -> None:
+    program = made("kv{key=int8:g8:asym value=int8:g8:asym query=int8:g8:asym levels=255}, fuse, kv_cache")
+    assert difference(program) < 5e-3

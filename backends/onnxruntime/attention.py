@@ -105,8 +105,8 @@ def attention(
     levels: int = 0,
 ) -> ir.Value:
     """softmax(q k' * scale, masked) v; see `qcompiler.attention`."""
-    if block or recent or first or levels:
-        raise Unsupported("attention in which some keys stay in float (block, recent, first), or with rounded weights")
+    if block or recent or first:
+        raise Unsupported("attention in which some keys stay in float (block, recent, first)")
     k = rounded(low, k, key_grid or (), key) if key else k
     v = rounded(low, v, value_grid or (), value) if value else v
     k, v = grouped(low, q, k), grouped(low, q, v)
@@ -127,9 +127,11 @@ def attention(
         score = low.op("Where", window(low, q, k, padding, left, right, chunk), score, lowest)
     if boolean:
         score = low.op("Where", given_mask, score, lowest)
-    if sinks is not None:
-        return low.op("MatMul", with_sinks(low, score, sinks, out), v)
-    return low.op("MatMul", low.op("Softmax", score, axis=-1), v)
+    weights = low.op("Softmax", score, axis=-1) if sinks is None else with_sinks(low, score, sinks, out)
+    if levels:
+        count = low.cast(float(levels), dtype)
+        weights = low.op("Div", low.op("Round", low.op("Mul", weights, count)), count)
+    return low.op("MatMul", weights, v)
 
 
 def grouped(low: Lowering, q: ir.Value, x: ir.Value) -> ir.Value:

@@ -16,6 +16,7 @@ from qcompiler.backends.onnxruntime.lowering import (
     schema_arguments,
 )
 from qcompiler.backends.onnxruntime.shapes import rank
+from qcompiler.errors import No
 from qcompiler.program import Type
 
 
@@ -180,6 +181,27 @@ def rms_norm(
     return low.op("RMSNormalization", x, weight, axis=-len(shape), epsilon=small)
 
 
+def reordered_norm(
+    low: Lowering,
+    out: Type,
+    x: ir.Value,
+    weight: ir.Value | None,
+    bias: ir.Value | None,
+    order: ir.Value,
+    kind: str,
+    eps: float,
+) -> ir.Value:
+    """A norm that stores in another order: there is no such operator, so a gather follows the norm."""
+    low.refusals.append(
+        No("no norm stores in another order: a gather follows it; rptq{norms=residual} needs none", low.label)
+    )
+    if kind == "rms":
+        normed = rms_norm(low, out, x, out.shape[-1:], weight, eps)  # type: ignore[arg-type]
+    else:
+        normed = layer_norm(low, out, x, out.shape[-1:], weight, bias, eps)  # type: ignore[arg-type]
+    return low.op("Gather", normed, order, axis=-1)
+
+
 def group_norm(
     low: Lowering,
     out: Type,
@@ -260,6 +282,7 @@ RULES: dict[str, Rule] = {
     "aten.sort": sort,
     "aten.layer_norm": layer_norm,
     "aten.rms_norm": rms_norm,
+    "qc.reordered_norm": reordered_norm,
     "aten.group_norm": group_norm,
     **dict.fromkeys(["aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"], convolution),
 }
