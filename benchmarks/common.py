@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from qcompiler import data
+from qcompiler.compiler import calibration_writer
+from qcompiler.data import Calibration
+from qcompiler.program import Program
 from qcompiler.report import versions
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does; the peers inherit it
@@ -33,6 +39,19 @@ def _cpu() -> str:
                 flags = " avx512_vnni" if "avx512_vnni" in info.read_text() else ""
                 return line.partition(":")[2].strip() + flags
     return platform.processor()
+
+
+def self_written(base: Program, calibration: Calibration) -> list[dict[str, Tensor]]:
+    """The text that the model writes itself; kept in build/, since writing it takes minutes."""
+    name = f"calibration-{base.fingerprint()}-{calibration.samples}x{calibration.length}-{calibration.seed}.safetensors"
+    path = Path(__file__).parent.parent / "build" / name
+    if path.is_file():
+        ids = load_file(path)
+        return [{"input_ids": ids[key]} for key in sorted(ids)]
+    batches = data.load(calibration, calibration_writer(base, calibration))
+    path.parent.mkdir(exist_ok=True)
+    save_file({f"{i:04d}": batch["input_ids"] for i, batch in enumerate(batches)}, path)
+    return [dict(batch) for batch in batches]
 
 
 def write(name: str, figures: dict[str, Any]) -> Path:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, write
+from common import RESULTS, self_written, write
 from quality import LENGTH, build_reference
 
 from qcompiler import data, evaluate
-from qcompiler.compiler import calibration_writer, capture, tokenizer_of
+from qcompiler.compiler import capture, tokenizer_of
 from qcompiler.data import Calibration
 from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
@@ -111,8 +111,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Program, torch.Tensor, Any]:
     tokenizer = tokenizer_of(base)
     Runner(Context(), data.check_samples(base)).run(base, Recipe.parse("canonicalize").passes)
     tokens = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
-    calibration = Calibration()
-    return base, tokens, data.load(calibration, calibration_writer(base, calibration))
+    return base, tokens, self_written(base, Calibration())
 
 
 def _perplexity(program: Program, tokens: torch.Tensor, windows: int) -> float:

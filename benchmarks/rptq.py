@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from common import write
+from common import self_written, write
 from quality import LENGTH, build_reference
 from torch import fx
 
 from qcompiler import data, evaluate
 from qcompiler.calibration import Needs
-from qcompiler.compiler import calibration_writer, capture, tokenizer_of
+from qcompiler.compiler import capture, tokenizer_of
 from qcompiler.data import Calibration
 from qcompiler.ops import qc
 from qcompiler.passes.rptq import features
@@ -103,8 +103,7 @@ def main() -> None:
     tokenizer = tokenizer_of(base)
     Runner(Context(), data.check_samples(base)).run(base, Recipe.parse("canonicalize").passes)
     tokens = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
-    calibration = Calibration()
-    samples = data.load(calibration, calibration_writer(base, calibration))
+    samples = self_written(base, Calibration())
 
     def perplexity(program: Program) -> float:
         return evaluate.perplexity(build_reference(program), tokens, LENGTH, options.windows)

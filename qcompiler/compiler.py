@@ -176,7 +176,7 @@ def coverage(program: Program) -> dict[str, Any]:
     """How much of the program is quantized: linear layers, and bytes of weights counted as float32."""
     from qcompiler.ops import qc
 
-    quantized, floats = list(program.calls(qc.linear)), program.linears()
+    quantized, floats = list(program.calls(qc.linear, qc.integer_linear)), program.linears()
     decoded = sum(program.qtensor(name).dequantized_bytes for name in program.quantized)
     rest = sum(tensor.nbytes for name, tensor in program.tensors.items() if "::" not in name)
     share = decoded / (decoded + rest) if decoded + rest else 0.0
