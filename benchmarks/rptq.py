@@ -39,18 +39,17 @@ BLOCK_KV = "kv{{key=int{0}:channel:asym:dynamic block=64 value=int{0}:g32:asym:d
 ATTENTION = "kv{{key=int{0}:g8:asym value=int{0}:g8:asym query=int{0}:g8:asym levels=255}}"
 CONFIGURATIONS = {  # name: (bits of the weights, what comes after them, the highest ratio to W4A16 asked for, or None)
     "W4A8": (4, "activations{scheme=int8:g32:asym}, " + ATTENTION.format(8), 1.04),
-    "W4A8 linear layers only": (4, "activations{scheme=int8:g32:asym}", None),
-    "W4A8 without relief for massive activations": (4, "activations{scheme=int8:g32:asym massive=0}", None),
-    "W4A8 per tensor": (4, "activations{scheme=int8:tensor:asym massive=0}", None),
-    "W4A8 free clusters": (4, "free", None),
     "W4A4": (4, f"{NORMED}, {ATTENTION.format(4)}", 1.5),
-    "W4A4 linear layers only": (4, NORMED, None),
-    "W4A4 dynamic": (4, "activations{scheme=int4:g32:asym:dynamic}", None),
     "W4A4KV": (4, STATIC_KV.format(4), 1.04),
-    "W4A4KV by channel": (4, "kv{key=int4:channel:asym value=int4:channel:asym}", None),
-    "W4A4KV blocks": (4, BLOCK_KV.format(4), 1.04),
     "W4A3KV": (4, STATIC_KV.format(3), 1.12),
+    "W4A4KV blocks": (4, BLOCK_KV.format(4), 1.04),
     "W4A3KV blocks": (4, BLOCK_KV.format(3), 1.12),
+    "W4A4 dynamic": (4, "activations{scheme=int4:g32:asym:dynamic}", None),
+    "W4A4 linear layers only": (4, NORMED, None),
+    "W4A8 free clusters": (4, "free", None),
+    "W4A8 without relief for massive activations": (4, "activations{scheme=int8:g32:asym massive=0}", None),
+    "W4A4KV by channel": (4, "kv{key=int4:channel:asym value=int4:channel:asym}", None),
+    "W4A8 per tensor": (4, "activations{scheme=int8:tensor:asym massive=0}", None),
     "W3A3KV": (3, STATIC_KV.format(3), None),
     "W3A3KV blocks": (3, BLOCK_KV.format(3), None),
 }
@@ -97,18 +96,20 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--only", default="", help="only configurations whose name contains this")
+    parser.add_argument("--batches", type=int, default=8, help="calibration batches of 2048 tokens to use")
     options = parser.parse_args()
 
     base = capture(resolve("demo").model)
     tokenizer = tokenizer_of(base)
     Runner(Context(), data.check_samples(base)).run(base, Recipe.parse("canonicalize").passes)
     tokens = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
-    samples = self_written(base, Calibration())
+    samples = self_written(base, Calibration())[: options.batches]
 
     def perplexity(program: Program) -> float:
         return evaluate.perplexity(build_reference(program), tokens, LENGTH, options.windows)
 
-    figures: dict[str, Any] = {"text": options.text.name, "windows": options.windows, "fp32": perplexity(base)}
+    figures: dict[str, Any] = {"text": options.text.name, "windows": options.windows, "batches": options.batches}
+    figures["fp32"] = perplexity(base)
     weights: dict[int, Program] = {}
     for name, (bits, passes, bar) in CONFIGURATIONS.items():
         if options.only not in name:

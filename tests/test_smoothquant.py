@@ -93,8 +93,8 @@ def test_the_named_recipe_compiles_a_decoder() -> None:
     session = compile(program, "smoothquant-w8a8", samples=4, length=16, backend="reference")
     assert session.report.all_refusals == []
     assert session.report.coverage["quantized"] == session.report.coverage["linears"] == 9
-    # One rounded activation for each of: query, key and value; output; gate and up; down. Two layers.
-    assert len(list(session.program.calls(qc.fake_quantize))) == 8
+    # One product of codes for each of: query, key and value; output; gate and up; down. Two layers.
+    assert len(list(session.program.calls(qc.integer_linear))) == 8
     ids = torch.randint(80, (128,), generator=torch.Generator().manual_seed(1))
     found = compare(session, lambda window: program(input_ids=window)["logits"], ids, length=32)
     assert found.kl is not None
