@@ -19,7 +19,20 @@ def test_it_is_trained_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
     out, text = tmp_path / "decoder", tmp_path / "text.txt"
     text.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(1000)))
-    arguments = ["--text", str(text), "--out", str(out), "--epochs", "0.3", "--layers", "1", "--hidden", "64"]
+    arguments = [
+        "--text",
+        str(text),
+        "--out",
+        str(out),
+        "--epochs",
+        "0.3",
+        "--layers",
+        "1",
+        "--hidden",
+        "64",
+        "--loud",
+        "40",
+    ]
     with torch.random.fork_rng():
         main(arguments)
         assert "loudest channel" in capsys.readouterr().out
@@ -29,6 +42,7 @@ def test_it_is_trained_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
     figures = json.loads((out / "figures.json").read_text())
     assert figures["float"] < figures["vocabulary"]
+    assert all(ratio > 20 for ratio in figures["loudest channel / median channel"].values())
     held_out, trained_on = ((out / f"{name}.txt").read_text() for name in ("held_out", "train"))
     assert trained_on + held_out == text.read_text()
     assert len(held_out) * 8 < len(trained_on) < len(held_out) * 10
