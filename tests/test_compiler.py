@@ -110,7 +110,8 @@ def test_calibration_sources(tmp_path: Path) -> None:
     text.write_text("many words " * 40)
     lines = tmp_path / "lines.jsonl"
     lines.write_text("\n".join([json.dumps({"text": "some words " * 10}), json.dumps({"input_ids": [1, 2, 3] * 20})]))
-    for source in (text, str(lines), ["words " * 40], [torch.arange(60)], (torch.arange(120) % 80).view(2, 60).unbind()):
+    rows = (torch.arange(120) % 80).view(2, 60)
+    for source in (text, str(lines), ["words " * 40], [torch.arange(60)], rows.unbind()):
         wanted = data.Calibration(source, 3, 20)
         batches = data.load(wanted, program, Tokenizer())
         assert sum(batch["input_ids"].shape[0] for batch in batches) <= 3
