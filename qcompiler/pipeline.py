@@ -221,7 +221,8 @@ class Runner:
         program = program.decoded(self._decoded)
         samples = self.checks
         if _rounds(program):  # the last bit of a float may decide a code: double precision tells that from an error
-            program, samples = in_double(program), [_wide_inputs(sample) for sample in samples]
+            program, samples = _widened(program), [_wide_inputs(sample) for sample in samples]
+            program.tensors = _Doubled(program.tensors)
         for sample in samples:
             outputs = program(**sample)
             if program.caches:
@@ -233,8 +234,14 @@ class Runner:
 
 def in_double(program: Program) -> Program:
     """A copy that computes in double precision throughout."""
+    copy = _widened(program)
+    copy.tensors = {name: t.double() if t.is_floating_point() else t for name, t in copy.tensors.items()}
+    return copy
+
+
+def _widened(program: Program) -> Program:
+    """A copy whose calls name double precision wherever they name a float type."""
     copy = program.copy()
-    copy.tensors = _Doubled(copy.tensors)
     for node in copy.calls():
         node.args = tuple(map(_wide, node.args))
         node.kwargs = {name: _wide(value) for name, value in node.kwargs.items()}
@@ -242,7 +249,10 @@ def in_double(program: Program) -> Program:
 
 
 class _Doubled(dict[str, Tensor]):
-    """Stored tensors that are doubled when they are read, so that a large program is never held twice over."""
+    """Stored tensors that are doubled when they are read, so that a large program is never held twice over.
+
+    For running only: a copy of it holds the tensors as they are.
+    """
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = super().__getitem__(name)
