@@ -41,7 +41,7 @@ bench-quality: dev  ## perplexity by method and configuration, into docs/quality
 architectures: dev  ## capture every architecture transformers knows, and write the table
 	$(PY) benchmarks/architectures.py $(ARGS)
 
-decoder: dev  ## train a small LayerNorm decoder into build/decoder, once (eight minutes); ARGS="--text FILE"
+decoder: dev  ## train a small LayerNorm decoder into build/decoder, once; ARGS="--text FILE"
 	$(PY) benchmarks/train_decoder.py $(ARGS)
 
 bless: dev  ## rewrite the golden texts; then review their diff
