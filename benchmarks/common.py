@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qcompiler import data
-from qcompiler.compiler import calibration_writer
+from qcompiler.compiler import calibration_writer, capture, tokenizer_of
 from qcompiler.data import Calibration
+from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
+from qcompiler.recipe import build
 from qcompiler.report import versions
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does; the peers inherit it
@@ -39,6 +41,14 @@ def _cpu() -> str:
                 flags = " avx512_vnni" if "avx512_vnni" in info.read_text() else ""
                 return line.partition(":")[2].strip() + flags
     return platform.processor()
+
+
+def canonical(model: str) -> tuple[Program, Any]:
+    """A model as every method finds it, and its tokenizer."""
+    program = capture(model)
+    tokenizer = tokenizer_of(program)
+    Runner(Context(), data.check_samples(program)).run(program, [build("canonicalize", {})])
+    return program, tokenizer
 
 
 def self_written(base: Program, calibration: Calibration) -> list[dict[str, Tensor]]:

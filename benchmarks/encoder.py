@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write
+from common import canonical, write
 from torch import Tensor
 
 from qcompiler import data
-from qcompiler.compiler import capture, tokenizer_of
 from qcompiler.errors import InputError
 from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
@@ -59,9 +58,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only recipes whose name contains this")
     options = parser.parse_args()
 
-    base = capture(str(model_folder()))
-    Runner(Context(), data.check_samples(base)).run(base, Recipe.parse("canonicalize").passes)
-    tokenizer = tokenizer_of(base)
+    base, tokenizer = canonical(str(model_folder()))
     found = sentences(options.text)
     if len(found) < options.sentences + 64:
         raise InputError(f'"{options.text}" has {len(found)} sentences; {options.sentences} and 64 more are needed')

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, self_written, write
+from common import RESULTS, canonical, self_written, write
 from quality import LENGTH, build_reference
 
 from qcompiler import data, evaluate
-from qcompiler.compiler import capture, tokenizer_of
 from qcompiler.data import Calibration
 from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
@@ -46,7 +45,6 @@ METHODS = {  # what comes before the rounding, and what rounds the weights
     "awq + gptq": ("awq{{scheme={weights}}}", "gptq"),
     "rotate + rptq + gptq": ("rotate, rptq{{group=32}}", "gptq"),
 }
-SINGLE = ("rtn", "gptq", "awq", "smoothquant", "rptq", "rotate")
 ABOUT = """\
 Perplexity of SmolLM2-135M as a multiple of the float model's ({fp32:.2f}): {windows} windows of 512 tokens of
 `{text}`, calibrated on text that the model wrote itself. Weights but the head's are quantized: 4-bit ones in groups of
@@ -107,9 +105,7 @@ def main() -> None:
 
 
 def _prepare(options: argparse.Namespace) -> tuple[Program, torch.Tensor, Any]:
-    base = capture(resolve(options.model).model)
-    tokenizer = tokenizer_of(base)
-    Runner(Context(), data.check_samples(base)).run(base, Recipe.parse("canonicalize").passes)
+    base, tokenizer = canonical(resolve(options.model).model)
     tokens = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
     return base, tokens, self_written(base, Calibration())
 

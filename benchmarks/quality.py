@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write
+from common import canonical, write
 
 from qcompiler import data, evaluate
-from qcompiler.compiler import calibration_writer, capture, tokenizer_of
+from qcompiler.compiler import calibration_writer
 from qcompiler.data import Calibration
 from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
-from qcompiler.recipe import Recipe, build
+from qcompiler.recipe import Recipe
 from qcompiler.report import Meter
 from qcompiler.source import demo_model, resolve
 
@@ -49,10 +49,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     options = parser.parse_args()
 
-    program = capture(resolve(options.model).model)
-    tokenizer = tokenizer_of(program)
-    base = program.copy()
-    Runner(Context(), data.check_samples(base)).run(base, [build("canonicalize", {})])
+    base, tokenizer = canonical(resolve(options.model).model)
     text = options.text.read_text(encoding="utf-8")
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
 

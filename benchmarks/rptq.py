@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from common import self_written, write
+from common import canonical, self_written, write
 from quality import LENGTH, build_reference
 from torch import fx
 
 from qcompiler import data, evaluate
 from qcompiler.calibration import Needs
-from qcompiler.compiler import capture, tokenizer_of
 from qcompiler.data import Calibration
 from qcompiler.ops import qc
 from qcompiler.passes.rptq import features
@@ -85,8 +84,8 @@ class FreeClusters(Pass):
                     scheme = Scheme.parse("int8:channel:asym")
                     with program.graph.inserting_before(node):
                         grid = [program.store("free", part, like=node) for part in grid_of(low, high, scheme)]
-                        done[x] = program.call(qc.fake_quantize, (x, grid), {"scheme": str(scheme)}, like=node)
-                    done[x].meta["type"] = x.meta["type"]
+                        how = {"scheme": str(scheme)}
+                        done[x] = program.call(qc.fake_quantize, (x, grid), how, like=node, type=x.meta["type"])
                 node.update_arg(0, done[x])
 
 
@@ -99,9 +98,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="calibration batches of 2048 tokens to use")
     options = parser.parse_args()
 
-    base = capture(resolve("demo").model)
-    tokenizer = tokenizer_of(base)
-    Runner(Context(), data.check_samples(base)).run(base, Recipe.parse("canonicalize").passes)
+    base, tokenizer = canonical(resolve("demo").model)
     tokens = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
     samples = self_written(base, Calibration())[: options.batches]
 

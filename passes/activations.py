@@ -106,8 +106,8 @@ class Activations(Pass):
                     program.store(f"{weight_name(node)}.input_{part}", value, like=node)
                     for part, value in zip(("scale", "zero"), grid, strict=False)
                 ]
-                done[x] = program.call(qc.fake_quantize, (x, stored), {"scheme": str(scheme)}, like=node)
-            done[x].meta["type"] = x.meta["type"]
+                how = {"scheme": str(scheme)}
+                done[x] = program.call(qc.fake_quantize, (x, stored), how, like=node, type=x.meta["type"])
         node.update_arg(0, done[x])
 
 

@@ -129,8 +129,8 @@ class Kv(Pass):
         x = node.args[place]
         assert isinstance(x, fx.Node)
         with program.graph.inserting_before(node):
-            rounded = program.call(qc.fake_quantize, (x, list(grid)), {"scheme": str(scheme)}, like=node)
-        rounded.meta["type"] = x.meta["type"]
+            how = {"scheme": str(scheme)}
+            rounded = program.call(qc.fake_quantize, (x, list(grid)), how, like=node, type=x.meta["type"])
         node.update_arg(place, rounded)
 
     def _before_rotary(self, program: Program, node: fx.Node) -> bool:

@@ -38,7 +38,7 @@ def static_grid(
     "error" makes small: of a channel that is read by large weights more.
     """
     rows = seen.unflatten(-1, (heads, 1, -1)) if heads else seen
-    size = rows.shape[-1] if scheme.granularity == "tensor" else group_size(scheme, rows.shape[-1])
+    size = group_size(scheme, rows.shape[-1])
     if ranges == "percentile":
         edges = torch.tensor([1 - percentile, percentile])
         flat = grouped(rows, size).movedim(-1, 1).flatten(0, 1)  # [rows * group, ..., groups]

@@ -277,9 +277,9 @@ class Program:
                 source = self.get(name, like=user)
             if user.target is ops.qc.integer_linear:
                 x, grid, scheme = user.args[0], user.args[2], {"scheme": user.kwargs["scheme"]}
+                assert isinstance(x, fx.Node)
                 with self.graph.inserting_before(user):
-                    rounded = self.call(ops.qc.fake_quantize, (x, grid), scheme, like=user)
-                rounded.meta["type"] = x.meta["type"]  # type: ignore[union-attr]
+                    rounded = self.call(ops.qc.fake_quantize, (x, grid), scheme, like=user, type=x.meta["type"])
                 self.replace(user, torch.ops.aten.linear.default, (rounded, source, *user.args[3:4]))
             elif user.target is ops.qc.linear:
                 self.replace(user, torch.ops.aten.linear.default, (user.args[0], source, *user.args[2:3]))

@@ -129,16 +129,17 @@ def integer_linear(
     runs in ascending order. Returns float32 [..., n] in x's dtype. A kernel that does the same gives the same bits;
     the zero points' share, sum(code) * zero, it may of course compute beforehand.
     """
-    weight = QTensor.from_parts(parts, spec)
-    codes, scale, zero = codes_of(x, grid, activation_scheme(scheme))
+    weight, kind = QTensor.from_parts(parts, spec), activation_scheme(scheme)
+    codes, scale, zero = codes_of(x, grid, kind)
+    size = group_size(kind, x.shape[-1])
     whole = (codes - zero).flatten(-2)[..., : x.shape[-1]].double()  # sums of products are exact up to 2^53
     steps, factors = _weight_steps(weight)
-    run = run_length(weight.scheme, activation_scheme(scheme), x.shape[-1])
+    run = run_length(weight.scheme, kind, x.shape[-1])
     total = torch.zeros(*x.shape[:-1], weight.shape[0], device=x.device)
     for start in range(0, x.shape[-1], run):
         stop = min(start + run, x.shape[-1])
         sums = whole[..., start:stop] @ steps[:, start:stop].T
-        mine = scale[..., start // group_size(activation_scheme(scheme), x.shape[-1]) if scale.shape[-2] > 1 else 0, :]
+        mine = scale[..., start // size if scale.shape[-2] > 1 else 0, :]
         total += sums.float() * (mine * factors[:, start // weight.scheme.group_of(x.shape[-1])])
     return (total if bias is None else total + bias).to(x.dtype)
 

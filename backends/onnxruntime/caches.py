@@ -54,7 +54,7 @@ class Storage:
         halves = [kind.shape[3] // 2 for kind in kinds if isinstance(kind.shape[3], int)]  # two codes a byte
         return [Type((*kind.shape[:3], half), torch.uint8) for kind, half in zip(kinds, halves, strict=True)]
 
-    def inputs(self, low: Lowering, node: fx.Node) -> list[ir.Value]:
+    def inputs(self, low: Lowering) -> list[ir.Value]:
         """The operator's scales."""
         names = (f"{low.label}.key_scale", f"{low.label}.value_scale")
         return [_stored(low, name, scale) for name, scale in zip(names, self.scales, strict=False)]
@@ -74,5 +74,9 @@ def _spread(low: Lowering, scheme: Scheme, grid: Sequence[fx.Node], x: fx.Node) 
     """A static scale, [heads, 1, groups], for each channel."""
     heads, width = x.meta["type"].shape[1], x.meta["type"].shape[3]
     scale = low.program.tensors[str(grid[0].target)].float()
-    size = width if scheme.granularity == "tensor" else group_size(scheme, width)
-    return scale.repeat_interleave(size, -1)[..., :width].expand(heads, 1, width).reshape(-1).contiguous()
+    return (
+        scale.repeat_interleave(group_size(scheme, width), -1)[..., :width]
+        .expand(heads, 1, width)
+        .reshape(-1)
+        .contiguous()
+    )

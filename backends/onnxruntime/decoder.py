@@ -52,7 +52,7 @@ def group_query(low: Lowering, node: fx.Node) -> bool | No:
         None,
         None,
         low.value(sinks) if sinks is not None else None,
-        *storage.inputs(low, node),
+        *storage.inputs(low),
         outputs=3,
         num_heads=q.meta["type"].shape[1],
         kv_num_heads=k.meta["type"].shape[1],
