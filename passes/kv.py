@@ -29,8 +29,8 @@ class Kv(Pass):
     have one scale for each channel over that many tokens (`int2:channel:asym:dynamic`; KIVI, arXiv 2402.02750,
     section 4.1). `recent` tokens are kept in float, and the `first` ones, which attention often sinks into
     (arXiv 2309.17453). `rotary=before` rounds keys before they are turned: their channels keep their ranges there
-    (KVQuant, arXiv 2401.18079, section 3.2). `query` rounds queries too, and `levels` the attention weights, to
-    multiples of 1 / levels.
+    (KVQuant, arXiv 2401.18079, section 3.2). `query` rounds queries too, and `levels` the attention weights, to so
+    many equal steps up to each query's largest.
     """
 
     name: ClassVar[str] = "kv"

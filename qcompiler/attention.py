@@ -83,7 +83,9 @@ def attention(
     Returns [batch, heads, queries, dv]. `mask` is boolean (True: may be seen) or float (added), broadcastable to
     [batch, heads, queries, keys]; `padding` [batch, keys] is nonzero at real tokens; `bias` is added to the scores;
     `sinks` [heads] are logits that take part in the softmax and carry no value. Keys and values are rounded as the
-    module says, grids [kv_heads, 1, groups]; the weights after the softmax to multiples of 1 / `levels`.
+    module says, grids [kv_heads, 1, groups]. The weights after the softmax are rounded to `levels` equal steps from 0 to the largest
+    one that a query has: a fused kernel rounds exp(score - largest score) and divides by the sum of the weights at the
+    end (SageAttention, arXiv 2410.02367, section 3.3), and steps of a fixed 1 / levels would lose most of a long row.
     """
     seen = None
     if padding is not None or chunk > 0 or left >= 0 or right >= 0:
@@ -110,7 +112,8 @@ def attention(
         score = score.masked_fill(~seen, torch.finfo(score.dtype).min)
     weights = _softmax(score, sinks)
     if levels:
-        weights = torch.round(weights * levels) / levels
+        step = weights.amax(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny) / levels
+        weights = torch.round(weights / step) * step
     if exact and value:
         near = _kept(q, k.shape[2], padding, 1, recent, first)
         return _mixed(weights.where(near, 0.0), v) + _mixed(weights.where(~near, 0.0), rounded_v)

@@ -76,6 +76,11 @@ def test_weights_are_rounded() -> None:
     assert (coarse - exact).norm() > 10 * (fine - exact).norm() > 0
 
 
+def test_small_weights_of_a_long_row_survive_rounding() -> None:
+    q, k, v = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1000, 8), torch.randn(1, 1, 1000, 8)
+    assert torch.allclose(attention(q, k, v, levels=15), v.mean(2, keepdim=True), atol=1e-5)
+
+
 def test_blocks_want_a_scale_for_each_channel() -> None:
     q, k, v = qkv()
     with pytest.raises(RecipeError, match="write int4:channel:asym:dynamic"):

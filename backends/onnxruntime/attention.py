@@ -129,8 +129,9 @@ def attention(
         score = low.op("Where", given_mask, score, lowest)
     weights = low.op("Softmax", score, axis=-1) if sinks is None else with_sinks(low, score, sinks, out)
     if levels:
-        count = low.cast(float(levels), dtype)
-        weights = low.op("Div", low.op("Round", low.op("Mul", weights, count)), count)
+        peak = low.op("Max", low.op("ReduceMax", weights, [-1], keepdims=1), low.cast(torch.finfo(dtype).tiny, dtype))
+        step = low.op("Div", peak, low.cast(float(levels), dtype))
+        weights = low.op("Mul", low.op("Round", low.op("Div", weights, step)), step)
     return low.op("MatMul", weights, v)
 
 
