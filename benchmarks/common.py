@@ -64,9 +64,16 @@ def self_written(base: Program, calibration: Calibration) -> list[dict[str, Tens
     return [dict(batch) for batch in batches]
 
 
+def results(name: str) -> dict[str, Any]:
+    """The figures in results/<name>.json; empty where there is none yet."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def write(name: str, figures: dict[str, Any]) -> Path:
     """Write figures, stamped, to results/<name>.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(stamp() | figures, indent=1) + "\n", encoding="utf-8")
+    today = stamp()
+    path.write_text(json.dumps(today | figures | today, indent=1) + "\n", encoding="utf-8")
     return path

@@ -1,9 +1,10 @@
-"""RPTQ's configurations on SmolLM2-135M, against the W4A16 program with the same weights.
+"""RPTQ's configurations on SmolLM2-135M, against the program with the same weights (W4A16, W3A16, float).
 
-    python benchmarks/rptq.py --text valid.txt [--windows 16] [--only W4A8]
+    python benchmarks/rptq.py --text valid.txt [--windows 16] [--only W4A8] [--fresh]
 
-Writes results/rptq.json: perplexity, its ratio to the W4A16 program's, the bars; and the same rounding with one scale
-a tensor, and with free clusters (K-Means without whole groups, as many of them) for comparison.
+Writes results/rptq.json as it goes: perplexity, its ratio to that program's, the bars; and the same rounding with one
+scale a tensor, and with free clusters (K-Means without whole groups, as many of them) for comparison. What is there
+already is not measured again.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from common import canonical, self_written, write
+from common import canonical, results, self_written, write
 from quality import LENGTH, build_reference
 from torch import fx
 
@@ -31,7 +32,11 @@ from qcompiler.rounding import grid_of
 from qcompiler.scheme import Scheme
 from qcompiler.source import resolve
 
-WEIGHTS = {4: "rptq{group=32}, gptq{scheme=int4:g32:asym}", 3: "rptq{group=32}, gptq{scheme=int3:g32:asym}"}
+WEIGHTS = {
+    16: "",
+    4: "rptq{group=32}, gptq{scheme=int4:g32:asym}",
+    3: "rptq{group=32}, gptq{scheme=int3:g32:asym}",
+}
 NORMED = "activations{scheme=int8:g32:asym include=@normed}, activations{scheme=int4:g32:asym exclude=@normed|@head}"
 STATIC_KV = "kv{{key=int{0}:g8:asym value=int{0}:g8:asym}}"
 BLOCK_KV = "kv{{key=int{0}:channel:asym:dynamic block=64 value=int{0}:g32:asym:dynamic}}"
@@ -51,6 +56,12 @@ CONFIGURATIONS = {  # name: (bits of the weights, what comes after them, the hig
     "W4A8 per tensor": (4, "activations{scheme=int8:tensor:asym massive=0}", None),
     "W3A3KV": (3, STATIC_KV.format(3), None),
     "W3A3KV blocks": (3, BLOCK_KV.format(3), None),
+    "KV8": (16, "kv{key=int8:token:asym:dynamic value=int8:token:asym:dynamic}", 1.002),
+    "KV4 blocks": (16, BLOCK_KV.format(4), 1.02),
+    "KV3 blocks": (16, BLOCK_KV.format(3), 1.08),
+    "KV2 blocks": (16, BLOCK_KV.format(2), None),
+    "KV4 by token": (16, "kv{key=int4:token:asym:dynamic value=int4:token:asym:dynamic}", None),
+    "KV3 by token": (16, "kv{key=int3:token:asym:dynamic value=int3:token:asym:dynamic}", None),
 }
 
 
@@ -96,6 +107,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--only", default="", help="only configurations whose name contains this")
     parser.add_argument("--batches", type=int, default=8, help="calibration batches of 2048 tokens to use")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
     options = parser.parse_args()
 
     base, tokenizer = canonical(resolve("demo").model)
@@ -105,15 +117,18 @@ def main() -> None:
     def perplexity(program: Program) -> float:
         return evaluate.perplexity(build_reference(program), tokens, LENGTH, options.windows)
 
-    figures: dict[str, Any] = {"text": options.text.name, "windows": options.windows, "batches": options.batches}
-    figures["fp32"] = perplexity(base)
+    setting = {"text": options.text.name, "windows": options.windows, "batches": options.batches}
+    known = results("rptq")
+    figures = known if not options.fresh and all(known.get(k) == v for k, v in setting.items()) else dict(setting)
+    figures.setdefault("fp32", perplexity(base))
     weights: dict[int, Program] = {}
     for name, (bits, passes, bar) in CONFIGURATIONS.items():
-        if options.only not in name:
+        if options.only not in name or figures.get(name, {}).get("passes") == passes:
             continue
         if bits not in weights:
-            weights[bits] = _ran(base, Recipe.parse(WEIGHTS[bits]).passes, samples)
-            figures[f"W{bits}A16"] = perplexity(weights[bits])
+            steps = Recipe.parse(WEIGHTS[bits]).passes if WEIGHTS[bits] else ()
+            weights[bits] = _ran(base, steps, samples)
+            figures[f"W{bits}A16"] = perplexity(weights[bits]) if steps else figures["fp32"]
             print(f"W{bits}A16", figures[f"W{bits}A16"] / figures["fp32"], flush=True)
         steps = (FreeClusters(),) if passes == "free" else Recipe.parse(passes).passes
         found = perplexity(_ran(weights[bits], steps, samples))

@@ -38,7 +38,7 @@ class Activations(Pass):
     include: tuple[str, ...] = (BODY,)
     exclude: tuple[str, ...] = ()
     ranges: str = "minmax"
-    massive: float = 10.0
+    massive: float = 5.0
 
     @property
     def uses_data(self) -> bool:
