@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qcompiler.passes.activations import Activations
 from qcompiler.passes.awq import Awq
+from qcompiler.passes.block_tune import BlockTune
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.carry import Carry
 from qcompiler.passes.equalize import Equalize
@@ -26,6 +27,7 @@ PLUGIN = Plugin(
     passes=(
         Activations,
         Awq,
+        BlockTune,
         Canonicalize,
         Carry,
         Equalize,

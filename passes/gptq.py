@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from qcompiler.calibration import Needs
+from qcompiler.calibration import Needs, Segment
 from qcompiler.errors import No, PassError
 from qcompiler.passes.rtn import Rtn, layer_record
 from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
@@ -57,40 +57,42 @@ class Gptq(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         if not ctx.samples:
             raise PassError("it needs calibration data; give calibration=..., or use rtn, which needs none")
-        chosen = {node.name for node in select(program, self.include, self.exclude, ctx)}
-        done = 0
+        chosen = {node.name: weight_name(node) for node in select(program, self.include, self.exclude, ctx)}
+        journal = ctx.journal.of(str(self), program, ctx.samples)
 
         def needs(nodes: Sequence[fx.Node]) -> Needs:
-            return {node.name: Hessian() for node in nodes if node.name in chosen}
+            return {node.name: Hessian() for node in nodes if node.name in chosen and not journal.has(node)}
 
         for segment in ctx.sweep(program, needs):
-            factors: dict[int, tuple[Tensor, Tensor]] = {}  # layers that read the same input share its Hessian
-            for node in [n for n in segment.nodes if n.name in segment.statistics]:
-                ctx.node = node
-                done += self._quantize(program, node, segment.statistics[node.name], factors, ctx)
-        check_coverage(len(chosen), done, self.min_coverage)
+            errors: dict[str, float] = {}
+            if (found := journal.get(segment.index)) is None:
+                found, errors = self._segment(program, segment, ctx)
+                journal.put(segment.index, found)
+            for name, q in found.items():
+                ctx.layer(layer_record(name, program.tensors[name], q, self.name, errors.get(name)))
+                program.quantize_tensor(name, q)
+        check_coverage(len(chosen), sum(name in program.quantized for name in chosen.values()), self.min_coverage)
 
-    def _quantize(
-        self,
-        program: Program,
-        node: fx.Node,
-        hessian: Tensor | None,
-        factors: dict[int, tuple[Tensor, Tensor]],
-        ctx: Context,
-    ) -> bool:
-        name = weight_name(node)
-        if name not in program.tensors:  # a weight shared by two layers: quantized with the first
-            return True
-        weight = program.tensors[name]
-        if hessian is None or not bool(torch.isfinite(hessian).all()):
-            ctx.refuse(No("no finite activations reached it", name))
-            return False
-        if id(hessian) not in factors:
-            factors[id(hessian)] = inverse_factor(hessian, self.damp, self.act_order)
-        q, error = _gptq(weight, hessian, factors[id(hessian)], self.scheme, self.clip, self.refits)
-        ctx.layer(layer_record(name, weight, q, self.name, error))
-        program.quantize_tensor(name, q)
-        return True
+    def _segment(self, program: Program, segment: Segment, ctx: Context) -> tuple[dict[str, QTensor], dict[str, float]]:
+        """The quantized weights of a segment by name, and their relative output errors."""
+        found: dict[str, QTensor] = {}
+        errors: dict[str, float] = {}
+        factors: dict[int, tuple[Tensor, Tensor]] = {}  # layers that read the same input share its Hessian
+        for node in [n for n in segment.nodes if n.name in segment.statistics]:
+            ctx.node = node
+            name, hessian = weight_name(node), segment.statistics[node.name]
+            if name in found or name not in program.tensors:  # shared by two layers: quantized with the first
+                continue
+            if hessian is None or not bool(torch.isfinite(hessian).all()):
+                ctx.refuse(No("no finite activations reached it", name))
+                continue
+            if id(hessian) not in factors:
+                factors[id(hessian)] = inverse_factor(hessian, self.damp, self.act_order)
+            weight = program.tensors[name]
+            found[name], errors[name] = _gptq(
+                weight, hessian, factors[id(hessian)], self.scheme, self.clip, self.refits
+            )
+        return found, errors
 
 
 def gptq(

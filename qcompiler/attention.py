@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcompiler.errors import RecipeError
-from qcompiler.rounding import fake_quantize
+from qcompiler.rounding import fake_quantize, straight_through
 from qcompiler.scheme import Scheme
 
 
@@ -83,9 +83,9 @@ def attention(
     Returns [batch, heads, queries, dv]. `mask` is boolean (True: may be seen) or float (added), broadcastable to
     [batch, heads, queries, keys]; `padding` [batch, keys] is nonzero at real tokens; `bias` is added to the scores;
     `sinks` [heads] are logits that take part in the softmax and carry no value. Keys and values are rounded as the
-    module says, grids [kv_heads, 1, groups]. The weights after the softmax are rounded to `levels` equal steps from 0 to the largest
-    one that a query has: a fused kernel rounds exp(score - largest score) and divides by the sum of the weights at the
-    end (SageAttention, arXiv 2410.02367, section 3.3), and steps of a fixed 1 / levels would lose most of a long row.
+    module says, grids [kv_heads, 1, groups]. The weights after the softmax are rounded to `levels` equal steps up to
+    the largest that a query has: a fused kernel rounds exp(score - largest score) and divides by the weights' sum at
+    the end (SageAttention, arXiv 2410.02367, section 3.3); fixed steps of 1 / levels would lose most of a long row.
     """
     seen = None
     if padding is not None or chunk > 0 or left >= 0 or right >= 0:
@@ -113,7 +113,7 @@ def attention(
     weights = _softmax(score, sinks)
     if levels:
         step = weights.amax(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny) / levels
-        weights = torch.round(weights / step) * step
+        weights = straight_through(weights, torch.round(weights / step) * step)
     if exact and value:
         near = _kept(q, k.shape[2], padding, 1, recent, first)
         return _mixed(weights.where(near, 0.0), v) + _mixed(weights.where(~near, 0.0), rounded_v)

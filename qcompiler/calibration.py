@@ -44,12 +44,16 @@ Needs = Mapping[str, Statistic]
 
 @dataclass
 class Segment:
-    """One step of a sweep: its nodes as they were when measured, and the statistics, by the names in `Needs`."""
+    """One step of a sweep: its nodes as they were when measured, and the statistics, by the names in `Needs`.
+
+    `inputs` are the values it finds, for each sample: copy one before running nodes in it.
+    """
 
     index: int
     count: int
     nodes: list[fx.Node]
     statistics: dict[str, Any]
+    inputs: list[dict[fx.Node, Any]]
 
 
 def mark_segments(program: Program) -> int:
@@ -106,7 +110,7 @@ def sweep(
         if progress:
             progress("calibrating", index, count)
         nodes = _nodes_of(program, index)
-        yield Segment(index, count, nodes, _measure(nodes, needs(nodes), envs, samples, program))
+        yield Segment(index, count, nodes, _measure(nodes, needs(nodes), envs, samples, program), envs)
         if index + 1 < count:  # nobody reads what the last segment makes: the logits of every sample
             _advance(_nodes_of(program, index), envs, program)
     if progress:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -69,7 +70,10 @@ def compile_command(
     strict: Annotated[bool, typer.Option("--strict", help="Make every refusal an error.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile a model and save the result with its report (report.html, report.json) in a folder."""
+    """Compile a model and save the result with its report (report.html, report.json) in a folder.
+
+    The same command after a crash goes on after the last block that was finished.
+    """
     from qcompiler.compiler import compile
     from qcompiler.data import Calibration, read_texts
 
@@ -78,6 +82,7 @@ def compile_command(
     if calibration != "self":
         next(read_texts(Path(calibration)))  # complain now, not after the capture
     source = resolve(model)
+    journal = out.resolve().parent / f".{out.name}.journal"
     with Reporter() as progress:
         progress("reading and capturing the model", 0, 0)
         session = compile(
@@ -91,9 +96,11 @@ def compile_command(
             strict=strict,
             example_inputs=source.example_inputs,
             progress=progress,
+            journal=journal,
         )
         progress("saving", 0, 0)
         session.save(out)
+        shutil.rmtree(journal, ignore_errors=True)
     if as_json:
         _print_json({"folder": str(out), "size_mb": _size_mb(out), "report": asdict(session.report)})
         return

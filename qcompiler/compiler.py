@@ -11,6 +11,7 @@ from typing import Any
 from qcompiler import artifact, data
 from qcompiler.data import SELF, Calibration
 from qcompiler.errors import InputError, No, QCompilerError
+from qcompiler.journal import Journal
 from qcompiler.pipeline import Context, Pass, Progress, Runner
 from qcompiler.plugins import lookup, registry
 from qcompiler.program import Program
@@ -59,18 +60,21 @@ def compile(
     strict: bool = False,
     example_inputs: Any = None,
     progress: Progress | None = None,
+    journal: str | Path | None = None,
 ) -> Session:
     """Compile a model: capture, transform and quantize by the recipe, place and lower; returns a Session.
 
     `calibration` is "self" (the model writes its own text), a text or JSONL file, or a list of texts, tensors or
     input dicts; it is read only if the recipe needs data. `backend` None means the first that takes the program.
-    `strict` turns every refusal into an error.
+    `strict` turns every refusal into an error. `journal` is a folder where long passes write down each block they
+    finish: the same call made again after a crash goes on from there.
     """
     steps = Recipe.parse(recipe)
     backends = _backends(backend)
     wanted = Calibration(calibration, samples, length, seed)
     report = Report(_name(model), steps.name or str(steps), seed=seed, versions=versions())
-    context = Context(seed=seed, progress=progress or (lambda what, done, total: None))
+    context = Context(seed=seed, journal=Journal(Path(journal) if journal else None))
+    context.progress = progress or context.progress
     with _stage(report, "capture"):
         program = capture(model, example_inputs)
         tokenizer = tokenizer_of(program)

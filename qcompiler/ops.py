@@ -218,6 +218,12 @@ MEANINGS: dict[str, Callable[..., object]] = {
 }
 
 
+def meaning(target: Any) -> Any:
+    """The eager function of a qc operator, through which PyTorch differentiates; anything else as it is."""
+    name = str(getattr(target, "_schema", None) and target._schema.name)
+    return MEANINGS[name.removeprefix("qc::")] if name.startswith("qc::") else target
+
+
 @functools.cache
 def load() -> torch.library.Library:
     """Define the qc:: operators with PyTorch, once; the library object must stay alive."""

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from qcompiler import calibration
 from qcompiler.calibration import Needs, Sample, Segment
 from qcompiler.errors import ContractError, No, PassError, QCompilerError
+from qcompiler.journal import Journal
 from qcompiler.ops import qc
 from qcompiler.program import Program
 from qcompiler.report import LayerRecord, Meter, PassRecord
@@ -76,7 +77,8 @@ def _option(value: Any) -> str:
 class Context:
     """What a pass may use besides the program.
 
-    `samples` is the calibration data, `statistics` what `needs()` asked for, `seed` the only source of chance.
+    `samples` is the calibration data, `statistics` what `needs()` asked for, `seed` the only source of chance;
+    in `journal` a long pass writes down the segments it finished.
     """
 
     samples: Sequence[Sample] = ()
@@ -85,6 +87,7 @@ class Context:
     statistics: Mapping[str, Any] = field(default_factory=dict)
     record: PassRecord = field(default_factory=lambda: PassRecord("", "", ""))
     node: fx.Node | None = None
+    journal: Journal = field(default_factory=Journal)
 
     def refuse(self, no: No) -> None:
         """Keep a refusal for the report."""

@@ -95,13 +95,23 @@ def grid_of(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor |
 def fake_quantize(x: Tensor, grid: Sequence[Tensor], *, scheme: str) -> Tensor:
     """x [..., channels] rounded to the grid of `scheme` and back: the values that its codes stand for, in x's dtype.
 
+    Its derivative is the straight-through estimate, that of x itself (Bengio et al., arXiv 1308.3432).
+
     >>> fake_quantize(torch.tensor([[0.0, 0.26, 1.0]]), [], scheme="int2:token:asym:dynamic")
     tensor([[0.0000, 0.3333, 1.0000]])
     """
-    kind = activation_scheme(scheme)
-    if kind.code == "nf":
-        return _nearest_quantile(x, kind)
-    codes, scale, zero = codes_of(x, grid, kind)
+    return straight_through(x, _rounded(x.detach(), grid, activation_scheme(scheme)))
+
+
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the derivative of x."""
+    return x + (rounded - x).detach() if x.requires_grad else rounded
+
+
+def _rounded(x: Tensor, grid: Sequence[Tensor], scheme: Scheme) -> Tensor:
+    if scheme.code == "nf":
+        return _nearest_quantile(x, scheme)
+    codes, scale, zero = codes_of(x, grid, scheme)
     return codes.sub_(zero).mul_(scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 

@@ -93,6 +93,22 @@ def test_compile_with_a_text(model: Path, text: Path, tmp_path: Path, capsys: py
     assert "report.html" in "".join(shown.split())  # the line wraps where the path is long
 
 
+def test_a_compilation_that_died_goes_on(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = "canonicalize, gptq{scheme=int4:g32:asym}"
+    command = ("compile", model, "-r", recipe, "-o", tmp_path / "out", "--calibration", text, "--samples", 4)
+    with monkeypatch.context() as patched:
+        patched.setattr("qcompiler.artifact.save", None)
+        assert main([str(part) for part in (*command, "--length", 16, "--backend", "reference")]) == 1
+    journal = tmp_path / ".out.journal"
+    assert len(list(journal.iterdir())) == 2  # a page for each block
+    with monkeypatch.context() as patched:
+        patched.setattr("qcompiler.passes.gptq.inverse_factor", None)  # nothing is solved a second time
+        said(capsys, *command, "--length", 16, "--backend", "reference")
+    assert not journal.exists()
+
+
 def test_generate(compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = said(capsys, "generate", compiled, "the cat", "--max-new-tokens", 5)
     assert len(shown.split()) == 5

@@ -1,0 +1,227 @@
+"""block_tune: rounding and scales of a block's weights are tuned together, against what the float block gives.
+
+After SignRound (Cheng et al., arXiv 2309.05516) and OmniQuant (Shao et al., arXiv 2308.13137): a whole block is run
+with its weights and activations rounded, and signed gradient descent moves the weights' codes and scales so that its
+output comes closer to the float model's. It makes up for what layer-wise methods cannot see: errors of one layer that
+another one can undo, and rounded activations in between.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler import calibration, ops
+from qcompiler.calibration import Needs, Sample, Segment
+from qcompiler.errors import PassError, RecipeError
+from qcompiler.ops import qc
+from qcompiler.passes.gptq import gptq
+from qcompiler.passes.rtn import Rtn, layer_record
+from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
+from qcompiler.passes.statistics import Hessian
+from qcompiler.pipeline import Context, Contract, Pass
+from qcompiler.program import Program, Type, execute
+from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits
+
+STARTS = ("gptq", "rtn")
+ROUNDED = ("key", "value", "block", "recent", "first", "levels", "key_grid", "value_grid")  # of qc.attention
+
+
+@dataclass(frozen=True)
+class BlockTune(Pass):
+    """Quantize linear layers block by block, then tune their codes and scales on the block's output.
+
+    Each block starts from gptq's codes (or rtn's: SignRound as published), on inputs that went through the tuned
+    blocks before it. `steps` times one calibration batch runs through it; each weight's place between its codes moves
+    by at most `rate` a step (falling to 0; 0 stands for 1 / steps, as in the paper), each scale by `scale_rate` of
+    itself. The error is that of each token relative to the token's own size, where the papers take the plain mean
+    square: a massive first token (arXiv 2402.17762) would be all that counts. A block that ends no better than it
+    began keeps what it began with.
+    """
+
+    name: ClassVar[str] = "block_tune"
+    contract: ClassVar[Contract] = Contract.LOSSY
+
+    scheme: Scheme = Scheme.parse("int4:g128")
+    include: tuple[str, ...] = (BODY,)
+    exclude: tuple[str, ...] = ()
+    start: str = "gptq"
+    steps: int = 100
+    rate: float = 0.0
+    scale_rate: float = 0.001
+    min_coverage: float = 1.0
+
+    @property
+    def uses_data(self) -> bool:
+        return True
+
+    def plan(self) -> Pass:
+        return Rtn(self.scheme, self.include, self.exclude, self.min_coverage)
+
+    def run(self, program: Program, ctx: Context) -> None:
+        """Two sweeps side by side: the program as it becomes, and as it was without any rounded activation."""
+        if self.start not in STARTS:
+            raise RecipeError(f'start "{self.start}" is none of {", ".join(STARTS)}')
+        if self.steps < 1:
+            raise RecipeError(f"steps={self.steps}: at least 1 is needed; for the start alone use rtn or gptq")
+        if not ctx.samples:
+            raise PassError("it needs calibration data; give calibration=..., or use rtn, which needs none")
+        chosen = dict.fromkeys(weight_name(node) for node in select(program, self.include, self.exclude, ctx))
+        journal = ctx.journal.of(str(self), program, ctx.samples)
+        floats, tuned = unrounded(program), differentiable(program)
+
+        def needs(nodes: Sequence[fx.Node]) -> Needs:
+            layers = [] if self.start == "rtn" else _layers(nodes, chosen)
+            return {node.name: Hessian() for node in layers if not journal.has(node)}
+
+        done = 0
+        reference = calibration.sweep(floats, ctx.samples, lambda nodes: {})
+        for segment, target in zip(ctx.sweep(tuned, needs), reference, strict=True):
+            found = journal.get(segment.index)
+            if found is None:
+                found = self._segment(Block(segment, target, tuned, floats, ctx.samples), chosen, ctx)
+                journal.put(segment.index, found)
+            for name, q in found.items():
+                ctx.layer(layer_record(name, program.tensors[name], q, self.name))
+                tuned.tensors[name] = q.dequantize()
+                program.quantize_tensor(name, q)
+            done += len(found)
+        check_coverage(len(chosen), done, self.min_coverage)
+
+    def _segment(self, block: "Block", chosen: Mapping[str, None], ctx: Context) -> dict[str, QTensor]:
+        """The quantized weights of one block."""
+        begin: dict[str, QTensor] = {}
+        for node in _layers(block.segment.nodes, chosen):
+            name = weight_name(node)
+            weight, hessian = block.program.tensors[name], block.segment.statistics.get(node.name)
+            if name not in begin:
+                begin[name] = (
+                    QTensor.quantize(weight, self.scheme) if hessian is None else gptq(weight, hessian, self.scheme)[0]
+                )
+        if not begin or not block.outputs:
+            return begin
+        weights = {name: Soft(q, block.program.tensors[name]) for name, q in begin.items()}
+        before = block.loss({name: q.dequantize() for name, q in begin.items()})
+        self._descend(block, list(weights.values()), weights, ctx)
+        end = {name: soft.hard() for name, soft in weights.items()}
+        after = block.loss({name: q.dequantize() for name, q in end.items()})
+        ctx.note(f"block {block.segment.index}: relative error {before**0.5:.4f} -> {min(before, after) ** 0.5:.4f}")
+        return end if after < before else begin
+
+    def _descend(self, block: "Block", soft: Sequence["Soft"], weights: Mapping[str, "Soft"], ctx: Context) -> None:
+        """Signed gradient descent, the rate falling linearly to zero."""
+        order = torch.randperm(self.steps, generator=ctx.generator()) % len(block.samples)
+        for step, i in enumerate(order.tolist()):
+            left = 1 - step / self.steps
+            with torch.enable_grad():
+                block.error(i, {name: weight() for name, weight in weights.items()}).backward()
+            for weight in soft:
+                weight.step((self.rate or 1 / self.steps) * left, self.scale_rate * left)
+
+
+class Soft:
+    """A quantized weight whose places between codes, and whose scales, have gradients."""
+
+    def __init__(self, q: QTensor, weight: Tensor) -> None:
+        assert isinstance(q.scale, Tensor)
+        self.q, self.size, self.top = q, q.scheme.group_of(q.columns), q.scheme.levels - 1
+        self.scale = q.scale.float().clone().requires_grad_()
+        self.zero = q.zero.float()[..., None] if q.zero is not None else float(q.scheme.levels >> 1)
+        codes = by_group(q.unpacked().float(), self.size)
+        exact = by_group(weight.float(), self.size) / q.scale.float()[..., None] + self.zero
+        # Where the weight really lies between the codes, or just inside the cell of the code that gptq gave it.
+        self.place = exact.clamp(codes - 0.49, codes + 0.49).requires_grad_()
+
+    def __call__(self) -> Tensor:
+        """The weight [n, k] that the codes stand for, with gradients."""
+        codes = self.place + (self._codes() - self.place).detach()
+        return ((codes - self.zero) * self.scale[..., None]).flatten(1)[:, : self.q.columns]
+
+    def _codes(self) -> Tensor:
+        return self.place.detach().round().clamp_(0, self.top)
+
+    @torch.no_grad()
+    def step(self, rate: float, scale_rate: float) -> None:
+        """Move against the sign of the gradients, and forget these."""
+        assert self.place.grad is not None
+        assert self.scale.grad is not None
+        self.place -= rate * self.place.grad.sign()
+        self.scale *= 1 - scale_rate * self.scale.grad.sign()
+        self.place.grad = self.scale.grad = None
+
+    def hard(self) -> QTensor:
+        """The record to store."""
+        codes = self._codes().flatten(1)[:, : self.q.columns].to(torch.uint8)
+        assert isinstance(self.q.scale, Tensor)
+        return self.q.with_parts(
+            codes=pack_bits(codes.contiguous(), self.q.scheme.bits), scale=self.scale.detach().to(self.q.scale.dtype)
+        )
+
+
+class Block:
+    """A segment with its inputs, and what the float program makes of its own: how far from it are some weights?"""
+
+    def __init__(
+        self, segment: Segment, target: Segment, program: Program, floats: Program, samples: Sequence[Sample]
+    ) -> None:
+        self.segment, self.program, self.samples = segment, program, samples
+        self.outputs = list(_outputs(segment.nodes))
+        wanted = list(_outputs(target.nodes))
+        if len(wanted) != len(self.outputs):
+            raise PassError(f"block {segment.index} has other outputs with rounded activations than without")
+        self.targets = []
+        for inputs in target.inputs:
+            env = dict(inputs)
+            execute(target.nodes, env, floats.tensors)
+            self.targets.append([env[node] for node in wanted])
+
+    def error(self, i: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """The mean squared error on sample i relative to each token's energy, for these weights."""
+        env = dict(self.segment.inputs[i])
+        execute(self.segment.nodes, env, {**self.program.tensors, **weights})
+        real = self.samples[i].get("attention_mask")
+        total = torch.zeros(())
+        for node, target in zip(self.outputs, self.targets[i], strict=True):
+            lost = (env[node] - target).pow(2).sum(-1) / target.pow(2).sum(-1).clamp(min=1e-12)
+            padded = real is not None and real.shape == lost.shape
+            total = total + (lost[real != 0] if padded else lost).mean()
+        return total / len(self.outputs)
+
+    def loss(self, weights: Mapping[str, Tensor]) -> float:
+        """The same over all samples."""
+        return sum(float(self.error(i, weights)) for i in range(len(self.samples))) / len(self.samples)
+
+
+def _layers(nodes: Sequence[fx.Node], chosen: Mapping[str, None]) -> list[fx.Node]:
+    return [n for n in nodes if n.target is torch.ops.aten.linear.default and weight_name(n) in chosen]
+
+
+def _outputs(nodes: Sequence[fx.Node]) -> Iterator[fx.Node]:
+    """The float values that later segments read."""
+    inside = set(nodes)
+    for node in nodes:
+        kind = node.meta["type"]
+        if isinstance(kind, Type) and kind.dtype.is_floating_point and any(user not in inside for user in node.users):
+            yield node
+
+
+def unrounded(program: Program) -> Program:
+    """A copy whose activations, keys and values keep their floats."""
+    copy = program.copy()
+    for node in copy.calls(qc.fake_quantize, qc.attention):
+        if node.target is qc.attention:
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ROUNDED}
+        else:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            copy.graph.erase_node(node)
+    return copy
+
+
+def differentiable(program: Program) -> Program:
+    """A copy, its quantized tensors decoded, that calls qc operators by their meanings: PyTorch sees inside."""
+    copy = program.decoded()
+    for node in copy.calls():
+        node.target = ops.meaning(node.target)
+    return copy
