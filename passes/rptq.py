@@ -75,7 +75,7 @@ class Rptq(Pass):
         needs = {name: statistic for name, (_, statistic) in watched.items()}
         heads = {value.name for value, statistic in watched.values() if statistic.heads}
         ranges: dict[str, Tensor] = {}
-        for segment in ctx.sweep(program, lambda nodes: needs):
+        for segment in ctx.sweep(program, lambda nodes: needs, changes=False):
             ranges |= {watched[name][0].name: seen for name, seen in segment.statistics.items() if seen is not None}
         for site in find(program, Kind.PERMUTE, [value for value, _ in watched.values()]):
             in_head = any(name in heads for name in site.seen)

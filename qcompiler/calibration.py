@@ -98,11 +98,13 @@ def sweep(
     samples: Sequence[Sample],
     needs: Callable[[Sequence[fx.Node]], Needs],
     progress: Callable[[str, int, int], None] | None = None,
+    changes: bool = True,
 ) -> Iterator[Segment]:
     """Run `samples` through the program segment by segment, measuring what `needs(nodes)` asks of each segment.
 
     After a segment is yielded the caller may replace its nodes (new nodes inherit the segment); the segment then runs
-    again as it is by then, and its outputs feed the next one.
+    again as it is by then, and its outputs feed the next one. With `changes` False it runs once: the caller promises
+    to change nothing before the sweep is over, and `Segment.inputs` is empty.
     """
     count = mark_segments(program)
     envs: list[dict[fx.Node, Any]] = [dict(program.bind(sample)) for sample in samples]
@@ -110,8 +112,10 @@ def sweep(
         if progress:
             progress("calibrating", index, count)
         nodes = _nodes_of(program, index)
-        yield Segment(index, count, nodes, _measure(nodes, needs(nodes), envs, samples, program), envs)
-        if index + 1 < count:  # nobody reads what the last segment makes: the logits of every sample
+        last = index + 1 == count  # nobody reads what it makes: the logits of every sample
+        statistics = _measure(nodes, needs(nodes), envs, samples, program, stay=changes or last)
+        yield Segment(index, count, nodes, statistics, envs if changes else [])
+        if changes and not last:
             _advance(_nodes_of(program, index), envs, program)
     if progress:
         progress("calibrating", count, count)
@@ -136,23 +140,27 @@ def _measure(
     envs: Sequence[dict[fx.Node, Any]],
     samples: Sequence[Sample],
     program: Program,
+    stay: bool,
 ) -> dict[str, Any]:
-    """Fold the statistics over one segment; two nodes that ask the same of the same value share one fold."""
-    if not needs:
+    """Fold the statistics over one segment; two nodes that ask the same of the same value share one fold.
+
+    If it shall `stay`, the values in `envs` stay those before the segment, and it runs only as far as it must.
+    """
+    if stay and not needs:
         return {}
     asked = {name: (source, needs[name]) for node in nodes for name, source in _arguments(node) if name in needs}
     states = {key: key[1].start() for key in asked.values()}
     watched = {value for value, _ in states}
-    stop = max((i + 1 for i, node in enumerate(nodes) if node in watched), default=0)
+    stop = max((i + 1 for i, node in enumerate(nodes) if node in watched), default=0) if stay else len(nodes)
     for env, sample in zip(envs, samples, strict=True):
-        scratch = dict(env)
+        scratch = dict(env) if stay else env
 
         def watch(node: fx.Node, value: Any, sample: Sample = sample) -> None:
             for key in states:
                 if key[0] is node:
                     states[key] = key[1].step(states[key], _rows(value, sample, key[1].heads))
 
-        for node in env:  # values that earlier segments made
+        for node in list(env):  # values that earlier segments made
             watch(node, env[node])
         execute(nodes[:stop], scratch, program.tensors, watch)
     done = {key: key[1].done(state) for key, state in states.items()}
@@ -184,6 +192,6 @@ def measure(
 ) -> dict[str, Any]:
     """All statistics of `needs`, in one sweep; the result by node name."""
     found: dict[str, Any] = {}
-    for segment in sweep(program, samples, lambda nodes: needs, progress):
+    for segment in sweep(program, samples, lambda nodes: needs, progress, changes=False):
         found |= segment.statistics
     return found

@@ -105,9 +105,11 @@ class Context:
         """A fresh random generator with the context's seed; the global one is never touched."""
         return torch.Generator().manual_seed(self.seed)
 
-    def sweep(self, program: Program, needs: Callable[[Sequence[fx.Node]], Needs]) -> Iterator[Segment]:
+    def sweep(
+        self, program: Program, needs: Callable[[Sequence[fx.Node]], Needs], changes: bool = True
+    ) -> Iterator[Segment]:
         """Sweep the calibration data over the program; see `calibration.sweep`."""
-        return calibration.sweep(program, self.samples, needs, self.progress)
+        return calibration.sweep(program, self.samples, needs, self.progress, changes)
 
     def each(self, nodes: Sequence[fx.Node], what: str) -> Iterator[fx.Node]:
         """The nodes one by one, with progress, remembering the current one for error messages."""

@@ -206,6 +206,23 @@ def test_the_logits_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 80 not in widths
 
 
+def test_a_sweep_that_only_measures_runs_each_node_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, runs = decoder(2), {True: 0, False: 0}
+    found: dict[bool, dict[str, Any]] = {True: {}, False: {}}
+    for changes in (True, False):
+
+        def counted(nodes: Any, *rest: Any, changes: bool = changes) -> None:
+            runs[changes] += len(list(nodes))
+            execute(nodes, *rest)
+
+        monkeypatch.setattr(calibration, "execute", counted)
+        for segment in sweep(program, samples((1, 4)), lambda nodes: everything(program, Rows()), changes=changes):
+            found[changes] |= segment.statistics
+            assert bool(segment.inputs) == changes
+    assert all(torch.equal(found[False][name], rows) for name, rows in found[True].items())
+    assert runs[False] < len(list(program.calls())) < runs[True]
+
+
 def test_nothing_of_the_caller_is_changed() -> None:
     program, state = decoder(2), torch.random.get_rng_state()
     before = program.fingerprint()
