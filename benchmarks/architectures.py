@@ -46,7 +46,7 @@ class Row:
     features: list[str] = field(default_factory=list)
     reason: str = ""
     seconds: float = 0.0
-    sites: list[int] = field(default_factory=list)  # to permute, to scale, to rotate
+    sites: list[int] = field(default_factory=list)  # to permute, to scale, to rotate, to flip
     site_error: float = 0.0  # the largest change when all are transformed
 
 
@@ -203,7 +203,7 @@ def page(rows: list[Row]) -> str:
         f"{len(captured)} are captured and match eager logits to 1e-4 relative,",
         "at other batch and sequence sizes than traced and with padding on either side.",
         "",
-        "*Sites*: how many groups of channels may be permuted / scaled / rotated together (qcompiler/sites.py).",
+        "*Sites*: how many groups of channels may be permuted / scaled / rotated / flipped together (qcompiler/sites.py).",
         "Transforming all of them at random changes the logits, in double precision, by the last column, relative.",
         "",
         "| architecture | result | way of capture | what the tested model has | largest error | sites | change |",

@@ -4,11 +4,12 @@ Every channel of every value gets a label: an int64 tensor shaped like the value
 1. Operators that move channels about (reshape, transpose, split, ...) move the labels by running on them; the others
 have a rule that ties labels (elementwise operators), starts new ones (a linear layer's output), keeps channels inside
 their head (attention), or fixes them, with a reason. Labels that are tied end up as one class; `sites.py` makes sites
-of the classes. Three analyses share the rules:
+of the classes. Four analyses share the rules:
 
 - PERMUTE: channels may change places.
 - SCALE: a channel may be multiplied by a positive factor that its readers divide by.
 - ROTATE: channels may be mixed by an orthogonal matrix.
+- SIGN: a channel may be multiplied by -1, as its readers are.
 """
 
 from collections.abc import Iterable
@@ -34,6 +35,12 @@ class Kind(Enum):
     PERMUTE = "permute"
     SCALE = "scale"
     ROTATE = "rotate"
+    SIGN = "sign"
+
+    @property
+    def is_factor(self) -> bool:
+        """Whether each channel has a factor of its own, which no block holds it to."""
+        return self in (Kind.SCALE, Kind.SIGN)
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class Axes:
 
     def block(self, labels: Tensor) -> None:
         """Channels [..., channels] stay in their row."""
-        if self.kind is not Kind.SCALE and labels.shape[-1] > 1:
+        if not self.kind.is_factor and labels.shape[-1] > 1:
             self.blocks.append(labels.reshape(-1, labels.shape[-1]))
 
     def stored(self, name: str, axis: int | None, power: int = 1, apart: bool = False) -> Tensor:

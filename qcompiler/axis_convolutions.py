@@ -38,7 +38,7 @@ def _depthwise(axes: Axes, node: fx.Node, x: Tensor, weight: str, channels: int)
         return axes.unknown(node, "each channel has a filter of its own")
     made = _rows(axes, node, weight)
     spread = x.repeat_interleave(filters // channels, dim=-axes.program.tensors[weight].dim() + 1)
-    if axes.kind is Kind.SCALE:
+    if axes.kind.is_factor:
         axes.read(spread, _at_positions(axes, weight, axes.stored(weight, 0, power=-1, apart=True)))
     else:
         axes.read(spread, made)
@@ -60,8 +60,9 @@ def _at_positions(axes: Axes, weight: str, labels: Tensor) -> Tensor:
 
 def pooled(axes: Axes, node: fx.Node) -> Any:
     """Means and maxima over positions: a mean is linear, a maximum homogeneous; a channel's positions are alike."""
-    if axes.kind is Kind.ROTATE and "max" in target_name(node.target):
-        return axes.unknown(node, f"{target_name(node.target)} acts on each channel alone")
+    if axes.kind in (Kind.ROTATE, Kind.SIGN) and "max" in target_name(node.target):
+        what = "acts on each channel alone" if axes.kind is Kind.ROTATE else "is not odd"
+        return axes.unknown(node, f"{target_name(node.target)} {what}")
     x = corner = labels_of(axes, node.args[0])
     for dim in range(-int(target_name(node.target)[-2]), 0):  # as many as its name says: max_pool2d
         corner = corner.narrow(dim, 0, 1)

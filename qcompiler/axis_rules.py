@@ -11,6 +11,7 @@ from qcompiler import axis_convolutions
 from qcompiler.axes import FIXED, NONE, Axes, Kind, Picked, Stored, labels_of, leaves, settled
 from qcompiler.ops import qc
 from qcompiler.program import Program, Type
+from qcompiler.scheme import Scheme
 from qcompiler.text import target_name
 
 aten = torch.ops.aten
@@ -143,7 +144,14 @@ def homogeneous(axes: Axes, node: fx.Node) -> Any:
     """relu(s x) = s relu(x): factors pass, mixing does not."""
     if axes.kind is Kind.ROTATE:
         return axes.unknown(node, f"{target_name(node.target)} acts on each channel alone")
+    if axes.kind is Kind.SIGN:
+        return axes.unknown(node, f"{target_name(node.target)} is not odd")
     return labels_of(axes, node.args[0])
+
+
+def odd(axes: Axes, node: fx.Node) -> Any:
+    """f(-x) = -f(x): signs pass, and what passes any function of each channel alone."""
+    return linear_map(axes, node) if axes.kind is Kind.SIGN else alone(axes, node)
 
 
 def alone(axes: Axes, node: fx.Node) -> Any:
@@ -152,7 +160,8 @@ def alone(axes: Axes, node: fx.Node) -> Any:
         return linear_map(axes, node)
     if axes.kind is Kind.PERMUTE:
         return together(axes, node)
-    return axes.unknown(node, f"{target_name(node.target)} acts on each channel alone and is not homogeneous")
+    what = "odd" if axes.kind is Kind.SIGN else "homogeneous"
+    return axes.unknown(node, f"{target_name(node.target)} acts on each channel alone and is not {what}")
 
 
 def together(axes: Axes, node: fx.Node) -> Tensor:
@@ -245,7 +254,7 @@ def embedding(axes: Axes, node: fx.Node) -> Any:
 
 
 def norm(axes: Axes, node: fx.Node) -> Any:
-    """Permutations pass; factors start anew at the norm's weight; rotations pass an RMSNorm that has none."""
+    """Permutations pass, and signs an RMSNorm, rotations one without weight; factors start anew at the weight."""
     x, centered = labels_of(axes, node.args[0]), node.target is aten.layer_norm.default
     width = len(node.args[1])  # type: ignore[arg-type]
     parameters = [p for p in node.args[2:4] if isinstance(p, fx.Node)]
@@ -256,7 +265,9 @@ def norm(axes: Axes, node: fx.Node) -> Any:
             for parameter in parameters:
                 axes.tie(x, labels_of(axes, parameter))
         return x
-    if axes.kind is Kind.ROTATE:
+    if axes.kind is Kind.SIGN and not centered:
+        return x
+    if axes.kind in (Kind.ROTATE, Kind.SIGN):
         why = "LayerNorm subtracts the mean over channels" if centered else "the norm's weight is not ones"
         return axes.unknown(node, why)
     axes.fix(x, "a norm measures all channels together", node)
@@ -307,8 +318,8 @@ def reduced(axes: Axes, node: fx.Node) -> Any:
 
 
 def largest(axes: Axes, node: fx.Node) -> Any:
-    """A maximum: it passes what a sum does, but no mixing."""
-    if axes.kind is Kind.ROTATE or len(node.args) < 2:
+    """A maximum: it passes what a sum does, but no mixing and no signs."""
+    if axes.kind in (Kind.ROTATE, Kind.SIGN) or len(node.args) < 2:
         return axes.unknown(node)
     return reduced(axes, node)
 
@@ -349,7 +360,7 @@ def rope(axes: Axes, node: fx.Node) -> Any:
     pairs = turned.unflatten(-1, (half, 2)) if node.kwargs.get("interleaved") else turned.unflatten(-1, (2, half)).mT
     axes.tie(pairs[..., 0], pairs[..., 1])
     axes.block(turned)
-    if axes.kind is Kind.SCALE:
+    if axes.kind.is_factor:
         axes.fix([cos, sin], "they are cosines and sines", node)
     else:
         for angle in (cos, sin):
@@ -363,12 +374,21 @@ def attention(axes: Axes, node: fx.Node) -> Any:
     """Heads: a query's channels meet those of its group's key, a value's come out; none leaves its head."""
     q, k, v = (labels_of(axes, a) for a in node.args[:3])
     extra = [axes.env.get(a) for a in node.args[3:] if isinstance(a, fx.Node)]
+    extra += [axes.env.get(a) for a in node.all_input_nodes if a not in node.args]  # the grids
     axes.fix(extra, "attention reads it", node)
     group = q.shape[1] // k.shape[1]
     axes.tie(q, k.repeat_interleave(group, dim=1), inverse=True)
-    for value in (q, k, v):
+    for value, scheme in ((q, ""), (k, node.kwargs.get("key")), (v, node.kwargs.get("value"))):
         axes.block(value)
+        if scheme and not (axes.kind is Kind.PERMUTE and _minds_no_order(str(scheme))):
+            axes.fix(value, "attention rounds it", node)
     return v.repeat_interleave(group, dim=1).expand(axes.type_of(node))
+
+
+def _minds_no_order(scheme: str) -> bool:
+    """Whether a head's channels may change places before they are rounded."""
+    kind = Scheme.parse(scheme)
+    return kind.dynamic and kind.granularity in ("token", "channel")
 
 
 MOVES = (
@@ -395,14 +415,13 @@ COPIES = (
 CUTS = (aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 SECOND_DIM = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 HOMOGENEOUS = (aten.relu.default, aten.leaky_relu.default, aten.abs.default)
+ODD = (aten.tanh.default, aten.sin.default)
 ALONE = (
     aten.silu.default,
     aten.gelu.default,
     aten.sigmoid.default,
-    aten.tanh.default,
     aten.exp.default,
     aten.cos.default,
-    aten.sin.default,
     aten.pow.Tensor_Scalar,
     aten.rsqrt.default,
     aten.sqrt.default,
@@ -423,6 +442,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys(MOVES, moved),
     **dict.fromkeys(COPIES, linear_map),
     **dict.fromkeys(CUTS, pieces),
+    **dict.fromkeys(ODD, odd),
     **dict.fromkeys(ALONE, alone),
     aten.expand.default: expanded,
     aten.transpose.int: permuted,

@@ -223,7 +223,10 @@ def bench_child() -> None:
 def inspect(
     model: Either,
     sites: Annotated[
-        bool, typer.Option("--sites", help="Which channels may be permuted, scaled or rotated together, and why not.")
+        bool,
+        typer.Option(
+            "--sites", help="Which channels may be permuted, scaled, rotated or flipped together, and why not."
+        ),
     ] = False,
     drawing: Annotated[Path | None, typer.Option("--draw", help="Draw the sites into this SVG file.")] = None,
     as_json: Json = False,

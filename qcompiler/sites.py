@@ -75,6 +75,15 @@ class Site:
             scaled = flat * whole.to(flat.dtype).view(-1, *[1] * (flat.dim() - 1))
             self._store(program, use, scaled, tensor)
 
+    def flip(self, program: Program, signs: Tensor) -> None:
+        """Multiply the channels by signs [blocks, channels], each 1 or -1; what reads them does, too."""
+        self._admits(Kind.SIGN, signs, (self.blocks, self.channels))
+        if not bool((signs.abs() == 1).all()):
+            raise QCompilerError(f"signs must be 1 or -1, at {self}")
+        self.rewrite(
+            program, lambda values: values * signs[:, None].view(*signs[:, None].shape, *[1] * (values.dim() - 3))
+        )
+
     def rotate(self, program: Program, matrix: Tensor) -> None:
         """Mix the channels, in float64: y = R x with an orthogonal matrix [blocks or 1, channels, channels]."""
         matrix = matrix.double().expand(self.blocks, -1, -1)
@@ -135,7 +144,7 @@ def _sites(axes: Axes, values: Sequence[fx.Node] = ()) -> Iterator[Site]:
         found.setdefault(group, {}).setdefault(cell, []).append(kind)
     for blocks in found.values():
         for size in sorted({len(cell) for cell in blocks.values()}):
-            if size > 1 or axes.kind is Kind.SCALE:
+            if size > 1 or axes.kind.is_factor:
                 same = torch.tensor([cell for cell in blocks.values() if len(cell) == size])
                 yield _site(axes.kind, same, holders, exponents, seen)
 

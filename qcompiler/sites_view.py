@@ -13,7 +13,7 @@ from qcompiler.program import Program
 from qcompiler.sites import Kind, find_with_ends
 
 ROW, LEFT, RIGHT, WIDTH = 16, 250, 520, 960
-COLOURS = {"permute": "#3b6fd4", "scale": "#c77d0a", "rotate": "#2e8b57"}
+COLOURS = {"permute": "#3b6fd4", "scale": "#c77d0a", "rotate": "#2e8b57", "sign": "#8a5fb0"}
 
 
 def sites_facts(program: Program) -> dict[str, Any]:

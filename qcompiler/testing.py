@@ -103,6 +103,8 @@ def transform(program: Program, site: Site, generator: torch.Generator) -> None:
         site.permute(program, torch.rand(size, generator=generator).argsort(-1))
     elif site.kind is Kind.SCALE:
         site.scale(program, torch.rand(size, generator=generator, dtype=torch.float64) + 0.5)
+    elif site.kind is Kind.SIGN:
+        site.flip(program, torch.randint(0, 2, size, generator=generator) * 2 - 1)
     else:
         mixed = torch.randn(*size, site.channels, generator=generator, dtype=torch.float64)
         site.rotate(program, torch.linalg.qr(mixed)[0])

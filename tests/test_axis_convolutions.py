@@ -13,7 +13,7 @@ from tests.test_canonicalize import canonical, random
 A, B = random(8, 6, 3, 3, seed=1), random(4, 8, 3, 3, seed=2)
 BIAS = random(8, seed=3)
 BOTH = "a rows, bias, b columns"
-ALL = [f"{kind} 8 channels: {BOTH}" for kind in ("permute", "scale", "rotate")]
+ALL = [f"{kind} 8 channels: {BOTH}" for kind in ("permute", "scale", "rotate", "sign")]
 
 
 def between(act: Callable[[Tensor], Tensor], b: Tensor = B) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
@@ -69,7 +69,7 @@ RULES: dict[str, tuple[tuple[Callable[..., Tensor], dict[str, Tensor]], list[str
     "a channel's positions stay together": (read_by_linear(lambda h: h, 8 * 9), ALL),
     "positions made by a linear layer": (
         (unfolded, {"a": random(54, 150), "b": random(4, 6, 3, 3, seed=1)}),
-        [f"{kind} 6 channels: a rows, b columns" for kind in ("permute", "scale", "rotate")],
+        [f"{kind} 6 channels: a rows, b columns" for kind in ("permute", "scale", "rotate", "sign")],
     ),
     "one axis of positions": (
         (in_time, {"a": random(8, 6, 3), "bias": BIAS, "b": random(4, 8, 1, seed=1)}),
@@ -96,6 +96,7 @@ RULES: dict[str, tuple[tuple[Callable[..., Tensor], dict[str, Tensor]], list[str
         [
             "permute 8 channels: a rows, bias, own rows, b columns",
             "scale 8 channels: a rows, bias, own rows, own filters, b columns",
+            "sign 8 channels: a rows, bias, own rows, own filters, b columns",
         ],
     ),
     "groups that share columns": (

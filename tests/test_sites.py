@@ -131,12 +131,32 @@ RULES: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], list[str]]] = {
     "two linear layers admit anything": (
         mlp(lambda x: x),
         {"up": random(24, 10), "down": random(7, 24)},
-        [f"permute 24 channels: {BOTH}", f"scale 24 channels: {BOTH}", f"rotate 24 channels: {BOTH}"],
+        [f"{kind} 24 channels: {BOTH}" for kind in ("permute", "scale", "rotate", "sign")],
     ),
     "relu lets factors through": (
         mlp(F.relu),
         {"up": random(24, 10), "down": random(7, 24)},
         [f"permute 24 channels: {BOTH}", f"scale 24 channels: {BOTH}"],
+    ),
+    "tanh lets signs through": (
+        mlp(torch.tanh),
+        {"up": random(24, 10), "down": random(7, 24)},
+        [f"permute 24 channels: {BOTH}", f"sign 24 channels: {BOTH}"],
+    ),
+    "an RMSNorm lets signs through": (
+        mlp(lambda x: F.rms_norm(x, (24,))),
+        {"up": random(24, 10), "down": random(7, 24)},
+        [f"{kind} 24 channels: {BOTH}" for kind in ("permute", "rotate", "sign")],
+    ),
+    "a LayerNorm does not": (
+        mlp(lambda x: F.layer_norm(x, (24,))),
+        {"up": random(24, 10), "down": random(7, 24)},
+        [f"permute 24 channels: {BOTH}"],
+    ),
+    "a maximum over channels does not mind their order": (
+        lambda up, down, x: F.linear(F.linear(x, up) * F.linear(x, up).amax(-1, keepdim=True), down),
+        {"up": random(24, 10), "down": random(7, 24)},
+        [f"permute 24 channels: {BOTH}"],
     ),
     "silu does not": (
         mlp(F.silu),
@@ -146,17 +166,17 @@ RULES: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], list[str]]] = {
     "a gate ties two halves of one matrix; factors pass through the other half": (
         glu,
         {"up": random(48, 10), "down": random(7, 24)},
-        [f"permute 24 channels: {BOTH}", f"scale 24 channels: {BOTH}"],
+        [f"{kind} 24 channels: {BOTH}" for kind in ("permute", "scale", "sign")],
     ),
     "pieces that are treated differently": (
         halves,
         {"up": random(24, 10), "down": random(7, 24)},
-        [f"{what} channels: {BOTH}" for what in ("permute 8", "permute 16", "scale 16", "rotate 16")],
+        [f"{what} channels: {BOTH}" for what in ("permute 8", "permute 16", "scale 16", "rotate 16", "sign 24")],
     ),
     "a factor for each head": (
         one_for_all,
         {"up": random(24, 10), "down": random(7, 24), "weight": random(4, 1)},
-        [f"permute 4 x 6 channels: {BOTH}", f"scale 24 channels: {BOTH}"],
+        [f"permute 4 x 6 channels: {BOTH}", f"scale 24 channels: {BOTH}", f"sign 24 channels: {BOTH}"],
     ),
     "a sum over channels does not mind their order": (
         lambda up, down, x: F.linear(F.linear(x, up) * F.linear(x, up).mean(-1, keepdim=True), down),
@@ -166,7 +186,10 @@ RULES: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], list[str]]] = {
     "a table read by position": (
         lambda up, down, table, x: F.linear(F.linear(x, up) + table[torch.arange(x.shape[1])], down),
         {"up": random(24, 10), "down": random(7, 24), "table": random(99, 24)},
-        [f"{kind} 24 channels: up rows, table columns, down columns" for kind in ("permute", "scale", "rotate")],
+        [
+            f"{kind} 24 channels: up rows, table columns, down columns"
+            for kind in ("permute", "scale", "rotate", "sign")
+        ],
     ),
     "an unknown operator fixes what it reads": (
         reads(lambda x: x.cumsum(-1)),
@@ -214,6 +237,28 @@ def test_rotary_tables_take_no_factor() -> None:
         assert check_sites(program, kind)[1] <= 1e-12
 
 
+@pytest.mark.parametrize(
+    ("scheme", "free"),
+    [
+        ("int8:token:asym:dynamic", ["permute 2 x 8"]),  # one scale for a head's channels: their order is free
+        ("int4:g4:asym:dynamic", []),
+    ],
+)
+def test_rounded_keys_and_values(scheme: str, free: list[str]) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, out: Tensor, x: Tensor) -> Tensor:
+        heads = [F.linear(x, w).unflatten(-1, (2, 8)).transpose(1, 2) for w in (q, k, v)]
+        mixed = torch.ops.qc.attention(*heads, key=scheme, value=scheme)
+        return F.linear(mixed.transpose(1, 2).flatten(-2), out)
+
+    weights = {name: random(16, 10, seed=i) for i, name in enumerate("qkv")}
+    program, _ = canonical(function, {"x": random(2, 5, 10)}, **weights, out=random(7, 16))
+    sites = [str(site) for kind in Kind for site in find(program, kind)]
+    assert [site.partition(" channels")[0] for site in sites] == free * 2  # of queries with keys, and of values
+    assert ("attention rounds it" in [no.reason for no in find_with_ends(program, Kind.SCALE)[1]]) is True
+    for kind in Kind:
+        assert check_sites(program, kind)[1] <= 1e-12
+
+
 # -- bad requests --------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +273,7 @@ BAD: list[tuple[Kind, str, Any, str]] = [
     (Kind.PERMUTE, "permute", torch.zeros(1, 24, dtype=torch.int64), "must hold each of 0 to 23 once"),
     (Kind.SCALE, "scale", torch.zeros(1, 24), "factors must be finite and positive"),
     (Kind.ROTATE, "rotate", torch.ones(1, 24, 24), "a rotation must be orthogonal"),
+    (Kind.SIGN, "flip", torch.zeros(1, 24), "signs must be 1 or -1"),
 ]
 
 
