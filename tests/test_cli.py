@@ -142,7 +142,7 @@ def test_inspect_sites(model: Path, compiled: Path, tmp_path: Path, capsys: pyte
     drawing = tmp_path / "sites.svg"
     found = told(capsys, "inspect", model, "--sites", "--draw", drawing)
     kinds = {site["kind"] for site in found["sites"]}
-    assert kinds == {"permute", "scale", "rotate"}
+    assert kinds == {"permute", "scale", "rotate", "sign"}
     assert "the program returns it" in found["ends"]["permute"]
     assert drawing.read_text().count("<circle") == len(found["sites"])
     ElementTree.fromstring(drawing.read_text())
