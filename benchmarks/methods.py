@@ -3,16 +3,19 @@
     python benchmarks/methods.py --text valid.txt [--model demo] [--windows 16] [--only W4A4] [--fresh]
 
 Writes results/methods.json as it goes and the table from it; what is there already is not measured again. Windows of
-512 tokens from the start of the text; calibration is text that the model writes itself.
+512 tokens from the start of the text; calibration is text that the model writes itself. The model's channels are
+shuffled first (at every symmetry site: the function stays the same): the demo model's file holds 4-bit blocks of 32
+neighbouring channels, and methods that leave the order alone would find these blocks again.
 """
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, canonical, self_written, write
+from common import RESULTS, canonical, results, self_written, write
 from quality import LENGTH, build_reference
 
 from qcompiler import data, evaluate
@@ -21,55 +24,74 @@ from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
 from qcompiler.recipe import Recipe
 from qcompiler.report import Meter
+from qcompiler.sites import Kind, find
 from qcompiler.source import resolve
+from qcompiler.testing import transform
 
-KIVI = "kv{{key=int{0}:channel:asym:dynamic block=64 value=int{0}:g32:asym:dynamic}}"
-CONFIGURATIONS = {  # name: (weights, activations: dynamic, the static ones of rptq, keys and values)
-    "W4A16": ("int4:g64:asym", "", "", ""),
-    "W3A16": ("int3:g64:asym", "", "", ""),
-    "W2A16": ("int2:g32:asym", "", "", ""),
-    "W4A8": ("int4:g32:asym", "int8:token:asym:dynamic", "int8:g32:asym", ""),
-    "W4A4": ("int4:g32:asym", "int4:g32:asym:dynamic", "int4:g32:asym", ""),
-    "W4A16KV4": ("int4:g64:asym", "", "", KIVI.format(4)),
-    "W4A4KV4": ("int4:g32:asym", "int4:g32:asym:dynamic", "int4:g32:asym", KIVI.format(4)),
+
+@dataclass(frozen=True)
+class Configuration:
+    """Schemes of weights, of activations, and what rounds keys and values.
+
+    4-bit activations are rounded before the weights are, so that methods which can make up for that do; 8-bit ones and
+    caches change little and are rounded after, so that configurations share their weights.
+    """
+
+    weights: str
+    low: str = ""
+    high: str = ""
+    clusters: str = ""  # the static ones that rptq's order is for, in the place of `high`
+    kv: str = ""
+
+
+LOW = "activations{scheme=int8:token:asym:dynamic include=@normed}, activations{scheme=int4:g32:asym:dynamic}"
+KIVI = "kv{key=int4:channel:asym:dynamic block=64 value=int4:g32:asym:dynamic}"
+DYNAMIC, STATIC = "activations{scheme=int8:token:asym:dynamic}", "activations{scheme=int8:g32:asym}"
+CONFIGURATIONS = {
+    "W4A16": Configuration("int4:g64:asym"),
+    "W4A16KV4": Configuration("int4:g64:asym", kv=KIVI),
+    "W4A8": Configuration("int4:g64:asym", high=DYNAMIC, clusters=STATIC),
+    "W4A4": Configuration("int4:g64:asym", low=LOW),
+    "W4A4KV4": Configuration("int4:g64:asym", low=LOW, kv=KIVI),
+    "W3A16": Configuration("int3:g64:asym"),
+    "W2A16": Configuration("int2:g32:asym"),
 }
-METHODS = {  # what comes before the rounding, and what rounds the weights
+METHODS = {  # what transforms, and what rounds the weights
     "rtn": ("", "rtn"),
     "gptq": ("", "gptq"),
     "awq": ("awq{{scheme={weights}}}", "rtn"),
     "smoothquant": ("smoothquant", "rtn"),
     "rptq": ("rptq{{group=32}}", "rtn"),
     "rotate": ("rotate", "rtn"),
-    "rptq + gptq": ("rptq{{group=32}}", "gptq"),
+    "block_tune": ("", "block_tune{{scheme={weights} start=rtn}}"),
+    "rptq + rotate": ("rotate, rptq{{group=32}}", "rtn"),
     "rotate + gptq": ("rotate", "gptq"),
     "awq + gptq": ("awq{{scheme={weights}}}", "gptq"),
-    "rotate + rptq + gptq": ("rotate, rptq{{group=32}}", "gptq"),
+    "rptq + gptq": ("rptq{{group=32}}", "gptq"),
+    "gptq + block_tune": ("", "block_tune"),
+    "rotate + gptq + block_tune": ("rotate", "block_tune"),
 }
+SINGLE = [name for name in METHODS if "+" not in name]
 ABOUT = """\
 Perplexity of SmolLM2-135M as a multiple of the float model's ({fp32:.2f}): {windows} windows of 512 tokens of
-`{text}`, calibrated on text that the model wrote itself. Weights but the head's are quantized: 4-bit ones in groups of
-64 (32 where activations are rounded), 2-bit ones of 32. Activations have a scale for each token in 8 bits, for each
-token and group of 32 channels in 4 bits, and static ones for groups of 32 with rptq. KV4: keys by channel over 64
-tokens, values by token in groups of 32. Written by `make bench-quality`."""
+`{text}`, calibrated on {batches} x 2048 tokens that the model wrote itself, its channels shuffled at random first (the
+file that it comes in holds 4-bit blocks of 32 channels, which methods that leave the order alone would find again).
+Weights but the head's are quantized: 4 and 3 bits in groups of 64, 2 bits in groups of 32. A8: one scale a token, and
+with rptq static ones for groups of 32. A4: norm outputs as A8, the rest with a scale for each token and group of 32.
+KV4: keys by channel over 64 tokens, values by token in groups of 32. Written by `make bench-quality`."""
 TABLE = Path(__file__).parent.parent / "docs" / "quality.md"
 
 
-def passes(configuration: str, method: str) -> str:
-    """The recipe of a cell of the table.
+def stages(configuration: str, method: str) -> list[str]:
+    """The recipe of a cell, in pieces that other cells begin with as well.
 
-    >>> passes("W4A8", "rptq")
-    'rptq{group=32}, activations{scheme=int8:g32:asym}, rtn{scheme=int4:g32:asym}'
+    >>> stages("W4A8", "rptq")[1:]
+    ['rtn{scheme=int4:g64:asym}', 'activations{scheme=int8:g32:asym}']
     """
-    weights, dynamic, static, kv = CONFIGURATIONS[configuration]
-    before, rounding = METHODS[method]
-    activations = static if "rptq" in method else dynamic
-    steps = [
-        before.format(weights=weights),
-        f"activations{{scheme={activations}}}" if activations else "",
-        kv,
-        f"{rounding}{{scheme={weights}}}",
-    ]
-    return ", ".join(step for step in steps if step)
+    kind, (before, rounding) = CONFIGURATIONS[configuration], METHODS[method]
+    weights = rounding.format(weights=kind.weights) if "{" in rounding else f"{rounding}{{scheme={kind.weights}}}"
+    high = kind.clusters if "rptq" in method and kind.clusters else kind.high
+    return [step for step in (before.format(weights=kind.weights), kind.low, weights, high, kind.kv) if step]
 
 
 def main() -> None:
@@ -77,67 +99,80 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--batches", type=int, default=8, help="calibration batches of 2048 tokens to use")
     parser.add_argument("--only", default="", help="only cells whose 'configuration method' contains this")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
     options = parser.parse_args()
 
     name = "methods" if options.model == "demo" else f"methods_{Path(options.model).name}"
-    path = RESULTS / f"{name}.json"
-    figures = json.loads(path.read_text()) if path.is_file() and not options.fresh else {}
-    known = {key: figures.get(key) for key in ("text", "windows")}
-    if known != {"text": options.text.name, "windows": options.windows}:
-        figures = {"text": options.text.name, "windows": options.windows, "ratio": {}}
-    base, tokens, written = _prepare(options)
-    figures.setdefault("fp32", round(_perplexity(base, tokens, options.windows), 3))
-    for configuration in CONFIGURATIONS:
-        for method in METHODS:
-            done = figures["ratio"].setdefault(configuration, {})
-            if method not in done and options.only in f"{configuration} {method}":
-                done[method] = _measure(base, passes(configuration, method), written, tokens, options.windows, figures)
-                print(configuration, method, done[method], flush=True)
-                write(name, {key: figures[key] for key in ("text", "windows", "fp32", "ratio")})
-                if name == "methods":
-                    TABLE.write_text(table(figures), encoding="utf-8")
-    if name == "methods":
-        TABLE.write_text(table(figures), encoding="utf-8")
-    print("written to", path, "and", TABLE)
-
-
-def _prepare(options: argparse.Namespace) -> tuple[Program, torch.Tensor, Any]:
+    setting = {"text": options.text.name, "windows": options.windows, "batches": options.batches}
+    known = results(name)
+    figures = known if not options.fresh and all(known.get(k) == v for k, v in setting.items()) else dict(setting)
     base, tokenizer = canonical(resolve(options.model).model)
     tokens = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
-    return base, tokens, self_written(base, Calibration())
+    bench = Bench(shuffled(base), self_written(base, Calibration())[: options.batches], tokens, options.windows)
+    figures.setdefault("fp32", round(bench.perplexity(bench.base), 3))
+    ratios = figures.setdefault("ratio", {})
+    for method in METHODS:
+        for configuration in CONFIGURATIONS:
+            wanted = stages(configuration, method)
+            done = ratios.setdefault(configuration, {})
+            if options.only in f"{configuration} {method}" and done.get(method, {}).get("passes") != ", ".join(wanted):
+                done[method] = bench.cell(wanted, figures["fp32"])
+                print(configuration, method, json.dumps(done[method]), flush=True)
+                write(name, figures)
+                if name == "methods":
+                    TABLE.write_text(table(figures), encoding="utf-8")
+    print("written to", RESULTS / f"{name}.json", "and", TABLE if name == "methods" else "no table")
 
 
-def _perplexity(program: Program, tokens: torch.Tensor, windows: int) -> float:
-    return evaluate.perplexity(build_reference(program), tokens, LENGTH, windows)
+def shuffled(program: Program) -> Program:
+    """The same function, its channels in a random order."""
+    copy, random = program.copy(), torch.Generator().manual_seed(0)
+    for site in find(copy, Kind.PERMUTE):
+        transform(copy, site, random)
+    return copy
 
 
-def _measure(
-    base: Program, recipe: str, samples: Any, tokens: torch.Tensor, windows: int, figures: dict[str, Any]
-) -> dict[str, Any]:
-    """One cell: the ratio, and how long quantizing took."""
-    program = base.copy()
-    with Meter() as meter:
-        Runner(Context(samples=samples), data.check_samples(program)).run(program, Recipe.parse(recipe).passes)
-    found = _perplexity(program, tokens, windows)
-    return {"passes": recipe, "ratio": round(found / figures["fp32"], 4), "seconds": round(meter.seconds)}
+class Bench:
+    """One model and one text; programs that the next cells begin with are kept."""
+
+    def __init__(self, base: Program, samples: Any, tokens: torch.Tensor, windows: int) -> None:
+        self.base, self.samples, self.tokens, self.windows = base, samples, tokens, windows
+        self.kept: dict[tuple[str, ...], Program] = {}
+
+    def cell(self, wanted: list[str], fp32: float) -> dict[str, Any]:
+        """The ratio, and how long what was not done yet took."""
+        begun = [n for n in range(len(wanted), 0, -1) if tuple(wanted[:n]) in self.kept]
+        start = begun[0] if begun else 0
+        program = self.kept[tuple(wanted[:start])] if start else self.base
+        self.kept = {key: kept for key, kept in self.kept.items() if key == tuple(wanted[: len(key)])}
+        with Meter() as meter:
+            for n in range(start, len(wanted)):
+                program = self.ran(program, wanted[n])
+                self.kept[tuple(wanted[: n + 1])] = program
+        ratio = round(self.perplexity(program) / fp32, 4)
+        return {"passes": ", ".join(wanted), "ratio": ratio, "seconds": round(meter.seconds)}
+
+    def ran(self, program: Program, recipe: str) -> Program:
+        """A copy after some passes, its weights decoded: they round the same, and run faster."""
+        copy = program.copy()
+        Runner(Context(samples=self.samples), data.check_samples(copy)).run(copy, Recipe.parse(recipe).passes)
+        return copy.decoded()
+
+    def perplexity(self, program: Program) -> float:
+        """On the text."""
+        return evaluate.perplexity(build_reference(program), self.tokens, LENGTH, self.windows)
 
 
 def table(figures: dict[str, Any]) -> str:
     """The page: one row a method, one column a configuration; the best of each column is bold."""
     ratios = figures["ratio"]
     columns = [c for c in CONFIGURATIONS if ratios.get(c)]
-    lines = [
-        "# Quality",
-        "",
-        ABOUT.format(**figures),
-        "",
-        "| method | " + " | ".join(columns) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
     best = {c: min(cell["ratio"] for cell in ratios[c].values()) for c in columns}
+    lines = ["# Quality", "", ABOUT.format(**figures), ""]
+    lines += ["| method | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for method in METHODS:
         cells = [ratios[c].get(method, {}).get("ratio") for c in columns]
         texts = [
@@ -145,7 +180,20 @@ def table(figures: dict[str, Any]) -> str:
             for c, r in zip(columns, cells, strict=True)
         ]
         lines.append(f"| {method} | " + " | ".join(texts) + " |")
+    lines += ["", *_winners(ratios, columns)]
     return "\n".join(lines) + "\n"
+
+
+def _winners(ratios: dict[str, Any], columns: list[str]) -> list[str]:
+    """What is best in each column, and by how much it beats the best method alone."""
+    lines = ["| configuration | best recipe | ratio | best method alone | ratio |", "|---|---|---|---|---|"]
+    for column in columns:
+        cells = {method: cell["ratio"] for method, cell in ratios[column].items()}
+        alone = {method: ratio for method, ratio in cells.items() if method in SINGLE}
+        if alone:
+            best, single = min(cells, key=lambda m: cells[m]), min(alone, key=lambda m: alone[m])
+            lines.append(f"| {column} | {best} | {cells[best]:.3f} | {single} | {alone[single]:.3f} |")
+    return lines
 
 
 if __name__ == "__main__":

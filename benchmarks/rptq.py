@@ -38,30 +38,42 @@ WEIGHTS = {
     3: "rptq{group=32}, gptq{scheme=int3:g32:asym}",
 }
 NORMED = "activations{scheme=int8:g32:asym include=@normed}, activations{scheme=int4:g32:asym exclude=@normed|@head}"
+TENSOR = (
+    "activations{scheme=int8:tensor:asym include=@normed massive=0}, "
+    "activations{scheme=int4:tensor:asym exclude=@normed|@head massive=0}"
+)
 STATIC_KV = "kv{{key=int{0}:g8:asym value=int{0}:g8:asym}}"
 BLOCK_KV = "kv{{key=int{0}:channel:asym:dynamic block=64 value=int{0}:g32:asym:dynamic}}"
 ATTENTION = "kv{{key=int{0}:g8:asym value=int{0}:g8:asym query=int{0}:g8:asym levels=255}}"
+BLOCK_ATTENTION = (
+    "kv{key=int4:channel:asym:dynamic block=64 value=int4:g32:asym:dynamic query=int4:g32:asym:dynamic levels=255}"
+)
+BY_TOKEN = "kv{{key=int{0}:token:asym:dynamic value=int{0}:token:asym:dynamic}}"
 CONFIGURATIONS = {  # name: (bits of the weights, what comes after them, the highest ratio to W4A16 asked for, or None)
     "W4A8": (4, "activations{scheme=int8:g32:asym}, " + ATTENTION.format(8), 1.04),
-    "W4A4": (4, f"{NORMED}, {ATTENTION.format(4)}", 1.5),
-    "W4A4KV": (4, STATIC_KV.format(4), 1.04),
-    "W4A3KV": (4, STATIC_KV.format(3), 1.12),
-    "W4A4KV blocks": (4, BLOCK_KV.format(4), 1.04),
-    "W4A3KV blocks": (4, BLOCK_KV.format(3), 1.12),
-    "W4A4 dynamic": (4, "activations{scheme=int4:g32:asym:dynamic}", None),
-    "W4A4 linear layers only": (4, NORMED, None),
-    "W4A8 free clusters": (4, "free", None),
+    "W4A4": (4, f"{NORMED}, {BLOCK_ATTENTION}", 1.5),
+    "W4A4KV": (4, BLOCK_KV.format(4), 1.04),
+    "W4A3KV": (4, BLOCK_KV.format(3), 1.12),
     "W4A8 without relief for massive activations": (4, "activations{scheme=int8:g32:asym massive=0}", None),
-    "W4A4KV by channel": (4, "kv{key=int4:channel:asym value=int4:channel:asym}", None),
+    "W4A8 free clusters, without that relief": (4, "free", None),
     "W4A8 per tensor": (4, "activations{scheme=int8:tensor:asym massive=0}", None),
-    "W3A3KV": (3, STATIC_KV.format(3), None),
-    "W3A3KV blocks": (3, BLOCK_KV.format(3), None),
-    "KV8": (16, "kv{key=int8:token:asym:dynamic value=int8:token:asym:dynamic}", 1.002),
-    "KV4 blocks": (16, BLOCK_KV.format(4), 1.02),
-    "KV3 blocks": (16, BLOCK_KV.format(3), 1.08),
-    "KV2 blocks": (16, BLOCK_KV.format(2), None),
-    "KV4 by token": (16, "kv{key=int4:token:asym:dynamic value=int4:token:asym:dynamic}", None),
-    "KV3 by token": (16, "kv{key=int3:token:asym:dynamic value=int3:token:asym:dynamic}", None),
+    "W4A4 linear layers only": (4, NORMED, None),
+    "W4A4 attention only": (4, BLOCK_ATTENTION, None),
+    "W4A4 per tensor": (4, TENSOR, None),
+    "W4A4 with static ranges everywhere": (4, f"{NORMED}, {ATTENTION.format(4)}", None),
+    "W4A4 with norm outputs in 4 bits, dynamic": (4, "activations{scheme=int4:g32:asym:dynamic}", None),
+    "W4A4KV static": (4, STATIC_KV.format(4), None),
+    "W4A3KV static": (4, STATIC_KV.format(3), None),
+    "W4A4KV per tensor": (4, "kv{key=int4:tensor:asym value=int4:tensor:asym}", None),
+    "W4A3KV per tensor": (4, "kv{key=int3:tensor:asym value=int3:tensor:asym}", None),
+    "W3A3KV": (3, BLOCK_KV.format(3), None),
+    "W3A3KV per tensor": (3, "kv{key=int3:tensor:asym value=int3:tensor:asym}", None),
+    "KV8": (16, BY_TOKEN.format(8), 1.002),
+    "KV4": (16, BLOCK_KV.format(4), 1.02),
+    "KV3": (16, BLOCK_KV.format(3), 1.08),
+    "KV2": (16, BLOCK_KV.format(2), None),
+    "KV4 by token": (16, BY_TOKEN.format(4), None),
+    "KV3 by token": (16, BY_TOKEN.format(3), None),
 }
 
 
@@ -127,7 +139,7 @@ def main() -> None:
             continue
         if bits not in weights:
             steps = Recipe.parse(WEIGHTS[bits]).passes if WEIGHTS[bits] else ()
-            weights[bits] = _ran(base, steps, samples)
+            weights[bits] = _ran(base, steps, samples).decoded()  # the same numbers, and faster to run
             figures[f"W{bits}A16"] = perplexity(weights[bits]) if steps else figures["fp32"]
             print(f"W{bits}A16", figures[f"W{bits}A16"] / figures["fp32"], flush=True)
         steps = (FreeClusters(),) if passes == "free" else Recipe.parse(passes).passes

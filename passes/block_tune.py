@@ -17,7 +17,7 @@ from qcompiler import calibration, ops
 from qcompiler.calibration import Needs, Sample, Segment
 from qcompiler.errors import PassError, RecipeError
 from qcompiler.ops import qc
-from qcompiler.passes.gptq import gptq
+from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.rtn import Rtn, layer_record
 from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
 from qcompiler.passes.statistics import Hessian
@@ -92,14 +92,11 @@ class BlockTune(Pass):
 
     def _segment(self, block: "Block", chosen: Mapping[str, None], ctx: Context) -> dict[str, QTensor]:
         """The quantized weights of one block."""
-        begin: dict[str, QTensor] = {}
-        for node in _layers(block.segment.nodes, chosen):
-            name = weight_name(node)
-            weight, hessian = block.program.tensors[name], block.segment.statistics.get(node.name)
-            if name not in begin:
-                begin[name] = (
-                    QTensor.quantize(weight, self.scheme) if hessian is None else gptq(weight, hessian, self.scheme)[0]
-                )
+        if self.start == "gptq":
+            begin = Gptq(self.scheme).segment(block.program, block.segment, ctx)[0]
+        else:
+            names = map(weight_name, _layers(block.segment.nodes, chosen))
+            begin = {name: QTensor.quantize(block.program.tensors[name], self.scheme) for name in names}
         if not begin or not block.outputs:
             return begin
         weights = {name: Soft(q, block.program.tensors[name]) for name, q in begin.items()}

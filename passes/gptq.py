@@ -66,14 +66,14 @@ class Gptq(Pass):
         for segment in ctx.sweep(program, needs):
             errors: dict[str, float] = {}
             if (found := journal.get(segment.index)) is None:
-                found, errors = self._segment(program, segment, ctx)
+                found, errors = self.segment(program, segment, ctx)
                 journal.put(segment.index, found)
             for name, q in found.items():
                 ctx.layer(layer_record(name, program.tensors[name], q, self.name, errors.get(name)))
                 program.quantize_tensor(name, q)
         check_coverage(len(chosen), sum(name in program.quantized for name in chosen.values()), self.min_coverage)
 
-    def _segment(self, program: Program, segment: Segment, ctx: Context) -> tuple[dict[str, QTensor], dict[str, float]]:
+    def segment(self, program: Program, segment: Segment, ctx: Context) -> tuple[dict[str, QTensor], dict[str, float]]:
         """The quantized weights of a segment by name, and their relative output errors."""
         found: dict[str, QTensor] = {}
         errors: dict[str, float] = {}

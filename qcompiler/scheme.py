@@ -113,13 +113,16 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     if bits == 8:
         return codes.clone()
-    padded = torch.nn.functional.pad(codes, (0, -columns % 8)).view(rows, -(-columns // 8), 8)
-    # Eight codes of b bits fill exactly b bytes, whatever b is: one 64-bit word holds them.
-    word = torch.zeros(padded.shape[:2], dtype=torch.int64, device=codes.device)
-    for i in range(8):
-        word |= padded[:, :, i].to(torch.int64) << (i * bits)
-    stream = torch.stack([(word >> (8 * j) & 255).to(torch.uint8) for j in range(bits)], dim=-1)
-    return stream.flatten(1)[:, : -(-columns * bits // 8)].contiguous()
+    # Eight codes of b bits fill exactly b bytes, whatever b is. All in bytes, one code or byte of each eight a plane.
+    words = -(-columns // 8)
+    planes = torch.nn.functional.pad(codes, (0, -columns % 8)).view(rows, words, 8).permute(2, 0, 1).contiguous()
+    stream = torch.zeros(bits, rows, words, dtype=torch.uint8, device=codes.device)
+    for i, plane in enumerate(planes):
+        byte, shift = divmod(i * bits, 8)
+        stream[byte] |= plane << shift
+        if shift + bits > 8:
+            stream[byte + 1] |= plane >> (8 - shift)
+    return stream.permute(1, 2, 0).flatten(1)[:, : -(-columns * bits // 8)].contiguous()
 
 
 def unpack_bits(stream: Tensor, bits: int, columns: int) -> Tensor:
@@ -131,16 +134,16 @@ def unpack_bits(stream: Tensor, bits: int, columns: int) -> Tensor:
     rows = stream.shape[0]
     if bits == 8:
         return stream[:, :columns]
-    if bits == 4:
-        return torch.stack([stream & 15, stream >> 4], dim=-1).flatten(1)[:, :columns]
-    words = -(-columns // 8)
-    padded = torch.nn.functional.pad(stream, (0, words * bits - stream.shape[1])).view(rows, words, bits)
-    word = torch.zeros((rows, words), dtype=torch.int64, device=stream.device)
-    for j in range(bits):
-        word |= padded[:, :, j].to(torch.int64) << (8 * j)
-    mask = (1 << bits) - 1
-    codes = torch.stack([(word >> (i * bits) & mask).to(torch.uint8) for i in range(8)], dim=-1)
-    return codes.flatten(1)[:, :columns]
+    words, mask = -(-columns // 8), (1 << bits) - 1
+    padded = torch.nn.functional.pad(stream, (0, words * bits - stream.shape[1]))
+    planes = padded.view(rows, words, bits).permute(2, 0, 1).contiguous()
+    codes = torch.empty(8, rows, words, dtype=torch.uint8, device=stream.device)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        codes[i] = planes[byte] >> shift
+        if shift + bits > 8:
+            codes[i] |= planes[byte + 1] << (8 - shift)
+    return codes.bitwise_and_(mask).permute(1, 2, 0).flatten(1)[:, :columns]
 
 
 def storage_dtype(scale: Tensor) -> torch.dtype:
