@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qcompiler import data
+from qcompiler.ops import qc
 from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
 from qcompiler.recipe import Recipe
@@ -39,6 +40,13 @@ def test_rounded_activations(scheme: str) -> None:
     program = made(f"activations{{scheme={scheme} include=*}}")
     # A value on the edge between two codes may fall to the other side: that is rare and small.
     assert difference(program) < (2e-3 if "8" in scheme else 2e-2)
+
+
+def test_online_rotations() -> None:
+    """Of powers of two (the keys' 16 channels) and of others (the MLP's 96)."""
+    program = made("canonicalize, rotate{online=true}, fuse, kv_cache")
+    assert {node.kwargs["size"] for node in program.calls(qc.hadamard)} == {16, 96}
+    assert difference(program) < 1e-5
 
 
 def test_static_8_bits_are_multiplied_in_integers() -> None:

@@ -1,5 +1,6 @@
 """Rules for operators that combine many values: products, norms, reductions, convolutions."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from qcompiler.backends.onnxruntime.lowering import (
 )
 from qcompiler.backends.onnxruntime.shapes import rank
 from qcompiler.errors import No
+from qcompiler.hadamard import base_order, paley, sylvester
 from qcompiler.program import Type
 
 
@@ -257,6 +259,20 @@ def spread(value: Any, count: int) -> list[int]:
     return given * count if len(given) == 1 else given
 
 
+def hadamard(low: Lowering, out: Type, x: ir.Value, size: int) -> ir.Value:
+    """Blocks of channels mixed by a Hadamard matrix: by its two small Kronecker factors."""
+    base = base_order(size)
+    assert base is not None, size
+    before, width = out.shape[:-1], out.shape[-1]
+    assert isinstance(width, int)
+    y = low.op("Reshape", x, [*([0] * len(before)), width // size, base, size // base])
+    if base > 1:
+        y = low.op("MatMul", low.graph.constant(paley(base), out.dtype), y)
+    factor = sylvester(size // base) / math.sqrt(size)
+    y = low.op("MatMul", y, low.graph.constant(factor, out.dtype))
+    return low.op("Reshape", y, [*([0] * len(before)), width])
+
+
 RULES: dict[str, Rule] = {
     "aten.linear": linear,
     **dict.fromkeys(["aten.matmul", "aten.mm", "aten.bmm"], matmul),
@@ -283,6 +299,7 @@ RULES: dict[str, Rule] = {
     "aten.layer_norm": layer_norm,
     "aten.rms_norm": rms_norm,
     "qc.reordered_norm": reordered_norm,
+    "qc.hadamard": hadamard,
     "aten.group_norm": group_norm,
     **dict.fromkeys(["aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"], convolution),
 }
