@@ -16,13 +16,14 @@ from torch import Tensor, fx
 from qcompiler import calibration, ops
 from qcompiler.calibration import Needs, Sample, Segment
 from qcompiler.errors import PassError, RecipeError
+from qcompiler.execution import execute
 from qcompiler.ops import qc
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.rtn import Rtn, layer_record
 from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
 from qcompiler.passes.statistics import Hessian
 from qcompiler.pipeline import Context, Contract, Pass
-from qcompiler.program import Program, Type, execute
+from qcompiler.program import Program, Type
 from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits
 
 STARTS = ("gptq", "rtn")

@@ -10,9 +10,10 @@ from torch import fx
 
 from qcompiler.errors import No
 from qcompiler.ops import qc
-from qcompiler.passes.positions import along, from_mask, is_pointwise, is_size, may_cache, named_arguments
+from qcompiler.passes.positions import along, from_mask, is_pointwise, is_size, may_cache
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Input, Program, Type
+from qcompiler.rewrite import named_arguments
 
 aten = torch.ops.aten
 

@@ -16,10 +16,10 @@ from qcompiler.axes import place
 from qcompiler.axis_rules import COPIES, HOMOGENEOUS, MOVES
 from qcompiler.errors import No
 from qcompiler.ops import qc
-from qcompiler.passes.positions import named_arguments
 from qcompiler.passes.selection import weight_name
 from qcompiler.pipeline import Context
 from qcompiler.program import Program
+from qcompiler.rewrite import named_arguments
 from qcompiler.sites import Kind, find
 
 aten = torch.ops.aten

@@ -9,6 +9,7 @@ from torch import fx
 from qcompiler.errors import No
 from qcompiler.ops import qc
 from qcompiler.program import Program, Type
+from qcompiler.rewrite import named_arguments
 
 Answer = bool | No
 Check = Callable[[fx.Node], Answer]
@@ -78,16 +79,6 @@ def position_wise(node: fx.Node, counted: Collection[fx.Node] = ()) -> Answer:
     if not any(along(argument) for argument in node.all_input_nodes):
         return True
     return MIXERS[name](node) if name in MIXERS else True
-
-
-def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """All arguments of an operator call by name, defaults included."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {str(i): argument for i, argument in enumerate(node.args)}
-    given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    given |= dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-    return {a.name: given[a.name] for a in schema.arguments if a.name in given}
 
 
 def operator_name(node: fx.Node) -> str:

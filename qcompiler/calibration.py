@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompiler.program import Program, execute
+from qcompiler.execution import execute
+from qcompiler.program import Program
 
 Sample = Mapping[str, Tensor]  # one batch of inputs, by name
 

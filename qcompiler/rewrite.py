@@ -49,6 +49,18 @@ def op_name(node: Any) -> str:
     return name if space == "aten" else f"{space}.{name}"
 
 
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator's call by name, in the order of its schema, defaults included, as they are written.
+
+    Those of a Python function go by their place.
+    """
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {str(i): argument for i, argument in enumerate(node.args)}
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    return {a.name: given.get(a.name, a.default_value) for a in schema.arguments}
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of a call by parameter name, in one spelling: defaults filled in, dimensions counted from the end,
     slice bounds within the size where that is a number (None at a dynamic end)."""
@@ -56,10 +68,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
         return dict(zip(("value", "index"), node.args, strict=True))
     if not isinstance(node.target, torch._ops.OpOverload):
         return {}
-    found = {}
-    for i, parameter in enumerate(node.target._schema.arguments):
-        default = parameter.default_value if parameter.has_default_value() else None
-        found[parameter.name] = node.args[i] if i < len(node.args) else node.kwargs.get(parameter.name, default)
+    found = named_arguments(node)
     if (rank := _rank(node)) is not None:
         for name in _DIMENSIONS & found.keys():
             found[name] = _from_end(found[name], rank)

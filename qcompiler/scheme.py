@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -366,6 +366,19 @@ class QTensor:
 
 
 _PARTS = ("codes", "scale", "zero", "minimum", "codebook", "boundaries", "permutation")
+
+
+def part_names(spec: str) -> list[str]:
+    """The names of the parts of a QTensor spec, nested ones as `scale.codes`."""
+
+    def walk(fields: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for part in fields["parts"]:
+            if isinstance(part, str):
+                yield prefix + part
+            else:
+                yield from walk(part[1], f"{prefix}{part[0]}.")
+
+    return list(walk(json.loads(spec), ""))
 
 
 def by_group(values: Tensor, size: int) -> Tensor:

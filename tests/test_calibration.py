@@ -12,8 +12,9 @@ from torch import Tensor, fx
 
 from qcompiler import calibration
 from qcompiler.calibration import Needs, Sample, Statistic, mark_segments, measure, sweep
+from qcompiler.execution import execute
 from qcompiler.ops import qc
-from qcompiler.program import Program, execute
+from qcompiler.program import Program
 from qcompiler.scheme import QTensor, Scheme
 from tests.programs import Sketch, tiny_llama
 

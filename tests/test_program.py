@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import fx
 
 from qcompiler.errors import InputError, QCompilerError
+from qcompiler.execution import execute
 from qcompiler.ops import qc
-from qcompiler.program import Input, Program, Type, execute, part_names, type_of
-from qcompiler.scheme import QTensor, Scheme
+from qcompiler.program import Input, Program, Type, type_of
+from qcompiler.scheme import QTensor, Scheme, part_names
 from qcompiler.text import target_name
 from tests.programs import BS, Sketch, tiny_encoder, tiny_llama
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.backends.onnxruntime.graph import Stored
-from qcompiler.backends.onnxruntime.lowering import Lowering, named
+from qcompiler.backends.onnxruntime.lowering import Lowering
 from qcompiler.errors import No
 from qcompiler.program import Type
+from qcompiler.rewrite import named_arguments
 from qcompiler.rounding import group_size
 from qcompiler.scheme import Scheme
 
@@ -26,7 +27,7 @@ class Storage:
     @classmethod
     def of(cls, low: Lowering, node: fx.Node) -> "Storage | No":
         """What this attention asks for, or why the operator does not have it."""
-        given = named(node)
+        given = named_arguments(node)
         texts = given["key"], given["value"]
         if given["levels"]:
             return No("GroupQueryAttention does not round the attention weights")

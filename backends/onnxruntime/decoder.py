@@ -11,9 +11,11 @@ from torch import Tensor, fx
 from qcompiler.backends.onnxruntime.caches import Storage
 from qcompiler.backends.onnxruntime.fusions import heads_last, is_vector
 from qcompiler.backends.onnxruntime.graph import Stored, typed
-from qcompiler.backends.onnxruntime.lowering import Lowering, named, operator_name, schema_arguments
+from qcompiler.backends.onnxruntime.lowering import Lowering, operator_name, schema_arguments
 from qcompiler.errors import No
-from qcompiler.program import Program, Type, execute
+from qcompiler.execution import execute
+from qcompiler.program import Program, Type
+from qcompiler.rewrite import named_arguments
 
 LENGTHS = ("seqlens_k", "total_sequence_length")
 UNIT = 8  # the operator wants head sizes and rotary widths in these units
@@ -21,7 +23,7 @@ UNIT = 8  # the operator wants head sizes and rotary widths in these units
 
 def group_query(low: Lowering, node: fx.Node) -> bool | No:
     """A causal `qc.cached_attention` with what it needs around it, or the reason why it stays apart."""
-    given = named(node)
+    given = named_arguments(node)
     q, k, v, sinks, left = (given[name] for name in ("q", "k", "v", "sinks", "left"))
     answer = fits(low, node)
     if not answer:
@@ -72,7 +74,7 @@ def group_query(low: Lowering, node: fx.Node) -> bool | No:
 
 def fits(low: Lowering, node: fx.Node) -> bool | No:
     """Whether the operator can express this attention."""
-    given = named(node)
+    given = named_arguments(node)
     q, k, v, padding, sinks = (given[name] for name in ("q", "k", "v", "padding", "sinks"))
     if low.options.padding and padding is not None:
         return No("GroupQueryAttention cannot mask padding on the left, and the option padding asks for that")

@@ -11,6 +11,7 @@ from torch import fx
 from qcompiler.backends.onnxruntime.graph import MICROSOFT, ONNX_DTYPES, Graph, Stored, dtype_of, sizes_of, typed
 from qcompiler.errors import No
 from qcompiler.program import Program, Type
+from qcompiler.rewrite import named_arguments
 
 
 class Unsupported(Exception):
@@ -223,11 +224,4 @@ def operator_name(node: fx.Node) -> str:
 
 def schema_arguments(node: fx.Node) -> list[Any]:
     """All arguments of a call in the order of its schema, defaults included."""
-    return list(named(node).values()) if hasattr(node.target, "_schema") else list(node.args)
-
-
-def named(node: fx.Node) -> dict[str, Any]:
-    """All arguments of an operator's call by name, in the order of its schema, defaults included."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip((a.name for a in arguments), node.args, strict=False)) | dict(node.kwargs)
-    return {a.name: given.get(a.name, a.default_value) for a in arguments}
+    return list(named_arguments(node).values())

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompiler.program import Program, Type, execute
+from qcompiler.execution import execute
+from qcompiler.program import Program, Type
 from qcompiler.rewrite import arguments, op_name, type_of_node
 
 aten = torch.ops.aten
