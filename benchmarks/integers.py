@@ -24,8 +24,8 @@ from qcompiler.source import resolve
 
 TAIL = "rtn{{scheme=int8:g128:sym include=@head}}, fuse, {0}kv_cache, pack"
 FORMS = {
-    "W8A16 and W4A16 come out as these: MatMulNBits, W8": "canonicalize, rtn{scheme=int8:g32:sym}, " + TAIL.format(""),
-    "MatMulNBits, W4": "canonicalize, rtn{scheme=int4:g32:sym}, " + TAIL.format(""),
+    "W8A16": "canonicalize, rtn{scheme=int8:g32:sym}, " + TAIL.format(""),
+    "W4A16": "canonicalize, rtn{scheme=int4:g32:sym}, " + TAIL.format(""),
     "W8A8 dynamic": "canonicalize, activations, rtn{scheme=int8:g32:sym}, " + TAIL.format("integers, "),
     "W8A8 static, in integers": (
         "canonicalize, activations{scheme=int8:tensor:asym massive=0}, rtn{scheme=int8:channel:sym}, "
