@@ -35,9 +35,9 @@ class BlockTune(Pass):
     """Quantize linear layers block by block, then tune their codes and scales on the block's output.
 
     Each block starts from gptq's codes (or rtn's: SignRound as published), on inputs that went through the tuned
-    blocks before it. `steps` times one calibration batch runs through it; each weight's place between its codes moves
-    by at most `rate` a step (falling to 0; 0 stands for 1 / steps, as in the paper), each scale by `scale_rate` of
-    itself. The error is that of each token relative to the token's own size, where the papers take the plain mean
+    blocks before it. `steps` times `batch` calibration sequences run through it; each weight's place between its codes
+    moves by at most `rate` a step (falling to 0; 0 stands for 1 / steps, as in the paper), each scale by `scale_rate`
+    of itself. The error is that of each token relative to the token's own size, where the papers take the plain mean
     square: a massive first token (arXiv 2402.17762) would be all that counts. A block that ends no better than it
     began keeps what it began with.
     """
@@ -49,7 +49,8 @@ class BlockTune(Pass):
     include: tuple[str, ...] = (BODY,)
     exclude: tuple[str, ...] = ()
     start: str = "gptq"
-    steps: int = 100
+    steps: int = 200
+    batch: int = 2
     rate: float = 0.0
     scale_rate: float = 0.001
     min_coverage: float = 1.0
@@ -65,10 +66,13 @@ class BlockTune(Pass):
         """Two sweeps side by side: the program as it becomes, and as it was without any rounded activation."""
         if self.start not in STARTS:
             raise RecipeError(f'start "{self.start}" is none of {", ".join(STARTS)}')
-        if self.steps < 1:
-            raise RecipeError(f"steps={self.steps}: at least 1 is needed; for the start alone use rtn or gptq")
+        if self.steps < 1 or self.batch < 1:
+            raise RecipeError(
+                f"steps={self.steps} batch={self.batch}: at least 1 of each; for the start alone use gptq"
+            )
         if not ctx.samples:
             raise PassError("it needs calibration data; give calibration=..., or use rtn, which needs none")
+        samples = list(pieces(ctx.samples, self.batch))
         chosen = dict.fromkeys(weight_name(node) for node in select(program, self.include, self.exclude, ctx))
         journal = ctx.journal.of(str(self), program, ctx.samples)
         floats, tuned = unrounded(program), differentiable(program)
@@ -78,11 +82,11 @@ class BlockTune(Pass):
             return {node.name: Hessian() for node in layers if not journal.has(node)}
 
         done = 0
-        reference = calibration.sweep(floats, ctx.samples, lambda nodes: {})
-        for segment, target in zip(ctx.sweep(tuned, needs), reference, strict=True):
+        reference = calibration.sweep(floats, samples, lambda nodes: {})
+        for segment, target in zip(calibration.sweep(tuned, samples, needs, ctx.progress), reference, strict=True):
             found = journal.get(segment.index)
             if found is None:
-                found = self._segment(Block(segment, target, tuned, floats, ctx.samples), chosen, ctx)
+                found = self._segment(Block(segment, target, tuned, floats, samples), chosen, ctx)
                 journal.put(segment.index, found)
             for name, q in found.items():
                 ctx.layer(layer_record(name, program.tensors[name], q, self.name))
@@ -190,6 +194,18 @@ class Block:
     def loss(self, weights: Mapping[str, Tensor]) -> float:
         """The same over all samples."""
         return sum(float(self.error(i, weights)) for i in range(len(self.samples))) / len(self.samples)
+
+
+def pieces(samples: Sequence[Sample], batch: int) -> Iterator[Sample]:
+    """The same sequences in smaller batches.
+
+    >>> [piece["ids"].shape[0] for piece in pieces([{"ids": torch.zeros(5, 8)}], 2)]
+    [2, 2, 1]
+    """
+    for sample in samples:
+        rows = max(value.shape[0] for value in sample.values())
+        for start in range(0, rows, batch):
+            yield {k: v[start : start + batch] if v.shape[0] == rows else v for k, v in sample.items()}
 
 
 def _layers(nodes: Sequence[fx.Node], chosen: Mapping[str, None]) -> list[fx.Node]:

@@ -166,7 +166,7 @@ def test_rounding_has_the_straight_through_derivative() -> None:
     ("step", "error", "text"),
     [
         (BlockTune(start="awq"), RecipeError, 'start "awq" is none of gptq, rtn'),
-        (BlockTune(steps=0), RecipeError, "steps=0: at least 1 is needed; for the start alone use rtn or gptq"),
+        (BlockTune(steps=0), RecipeError, "steps=0 batch=2: at least 1 of each; for the start alone use gptq"),
     ],
 )
 def test_bad_options(step: BlockTune, error: type[Exception], text: str) -> None:
