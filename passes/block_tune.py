@@ -137,9 +137,9 @@ class Soft:
         self.place = exact.clamp(codes - 0.49, codes + 0.49).requires_grad_()
 
     def __call__(self) -> Tensor:
-        """The weight [n, k] that the codes stand for, with gradients."""
+        """The weight [n, k] that the codes stand for, with gradients, in its own dtype."""
         codes = self.place + (self._codes() - self.place).detach()
-        return ((codes - self.zero) * self.scale[..., None]).flatten(1)[:, : self.q.columns]
+        return ((codes - self.zero) * self.scale[..., None]).flatten(1)[:, : self.q.columns].to(self.q.dtype)
 
     def _codes(self) -> Tensor:
         return self.place.detach().round().clamp_(0, self.top)
@@ -186,7 +186,8 @@ class Block:
         real = self.samples[i].get("attention_mask")
         total = torch.zeros(())
         for node, target in zip(self.outputs, self.targets[i], strict=True):
-            lost = (env[node] - target).pow(2).sum(-1) / target.pow(2).sum(-1).clamp(min=1e-12)
+            wanted = target.float()
+            lost = (env[node].float() - wanted).pow(2).sum(-1) / wanted.pow(2).sum(-1).clamp(min=1e-12)
             padded = real is not None and real.shape == lost.shape
             total = total + (lost[real != 0] if padded else lost).mean()
         return total / len(self.outputs)

@@ -10,6 +10,7 @@ import torch
 
 from qcompiler.errors import No, PassError
 from qcompiler.passes.awq import Awq
+from qcompiler.passes.block_tune import BlockTune
 from qcompiler.passes.fuse import Fuse
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.kv_cache import KvCache
@@ -27,7 +28,17 @@ G32 = Scheme.parse("int4:g32:asym")
 
 @pytest.mark.parametrize(
     "subject",
-    [Rtn(), Rtn(G32), Gptq(G32), Gptq(Scheme.parse("int3:channel:asym")), Awq(G32), SmoothQuant(), Pack(), Fuse()],
+    [
+        Rtn(),
+        Rtn(G32),
+        Gptq(G32),
+        Gptq(Scheme.parse("int3:channel:asym")),
+        BlockTune(G32, steps=3),
+        Awq(G32),
+        SmoothQuant(),
+        Pack(),
+        Fuse(),
+    ],
     ids=str,
 )
 def test_built_in_passes_conform(subject: Pass) -> None:
