@@ -37,6 +37,7 @@ bench: dev  ## measure, and write the numbers to benchmarks/
 
 bench-quality: dev  ## perplexity by method and configuration, into docs/quality.md: ARGS='--text FILE'
 	$(PY) benchmarks/methods.py $(ARGS)
+	$(PY) benchmarks/rptq.py $(ARGS)
 
 architectures: dev  ## capture every architecture transformers knows, and write the table
 	$(PY) benchmarks/architectures.py $(ARGS)

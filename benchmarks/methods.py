@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py --text valid.txt [--model demo] [--windows 16] [--only W4A4] [--fresh]
 
-Writes results/methods.json as it goes and the table from it; what is there already is not measured again. Windows of
+Writes results/methods.json as it goes and the page from it; what is there already is not measured again. Windows of
 512 tokens from the start of the text; calibration is text that the model writes itself. The model's channels are
 shuffled first (at every symmetry site: the function stays the same): the demo model's file holds 4-bit blocks of 32
 neighbouring channels, and methods that leave the order alone would find these blocks again.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from common import RESULTS, canonical, results, self_written, write
 from quality import LENGTH, build_reference
+from quality_page import write_page
 
 from qcompiler import data, evaluate
 from qcompiler.data import Calibration
@@ -71,15 +72,6 @@ METHODS = {  # what transforms, and what rounds the weights
     "gptq + block_tune": ("", "block_tune"),
     "rotate + gptq + block_tune": ("rotate", "block_tune"),
 }
-SINGLE = [name for name in METHODS if "+" not in name]
-ABOUT = """\
-Perplexity of SmolLM2-135M as a multiple of the float model's ({fp32:.2f}): {windows} windows of 512 tokens of
-`{text}`, calibrated on {batches} x 2048 tokens that the model wrote itself, its channels shuffled at random first (the
-file that it comes in holds 4-bit blocks of 32 channels, which methods that leave the order alone would find again).
-Weights but the head's are quantized: 4 and 3 bits in groups of 64, 2 bits in groups of 32. A8: one scale a token, and
-with rptq static ones for groups of 32. A4: norm outputs as A8, the rest with a scale for each token and group of 32.
-KV4: keys by channel over 64 tokens, values by token in groups of 32. Written by `make bench-quality`."""
-TABLE = Path(__file__).parent.parent / "docs" / "quality.md"
 
 
 def stages(configuration: str, method: str) -> list[str]:
@@ -122,9 +114,8 @@ def main() -> None:
                 done[method] = bench.cell(wanted, figures["fp32"])
                 print(configuration, method, json.dumps(done[method]), flush=True)
                 write(name, figures)
-                if name == "methods":
-                    TABLE.write_text(table(figures), encoding="utf-8")
-    print("written to", RESULTS / f"{name}.json", "and", TABLE if name == "methods" else "no table")
+                write_page()
+    print("written to", RESULTS / f"{name}.json")
 
 
 def shuffled(program: Program) -> Program:
@@ -164,36 +155,6 @@ class Bench:
     def perplexity(self, program: Program) -> float:
         """On the text."""
         return evaluate.perplexity(build_reference(program), self.tokens, LENGTH, self.windows)
-
-
-def table(figures: dict[str, Any]) -> str:
-    """The page: one row a method, one column a configuration; the best of each column is bold."""
-    ratios = figures["ratio"]
-    columns = [c for c in CONFIGURATIONS if ratios.get(c)]
-    best = {c: min(cell["ratio"] for cell in ratios[c].values()) for c in columns}
-    lines = ["# Quality", "", ABOUT.format(**figures), ""]
-    lines += ["| method | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for method in METHODS:
-        cells = [ratios[c].get(method, {}).get("ratio") for c in columns]
-        texts = [
-            "" if r is None else f"**{r:.3f}**" if r == best[c] else f"{r:.3f}"
-            for c, r in zip(columns, cells, strict=True)
-        ]
-        lines.append(f"| {method} | " + " | ".join(texts) + " |")
-    lines += ["", *_winners(ratios, columns)]
-    return "\n".join(lines) + "\n"
-
-
-def _winners(ratios: dict[str, Any], columns: list[str]) -> list[str]:
-    """What is best in each column, and by how much it beats the best method alone."""
-    lines = ["| configuration | best recipe | ratio | best method alone | ratio |", "|---|---|---|---|---|"]
-    for column in columns:
-        cells = {method: cell["ratio"] for method, cell in ratios[column].items()}
-        alone = {method: ratio for method, ratio in cells.items() if method in SINGLE}
-        if alone:
-            best, single = min(cells, key=lambda m: cells[m]), min(alone, key=lambda m: alone[m])
-            lines.append(f"| {column} | {best} | {cells[best]:.3f} | {single} | {alone[single]:.3f} |")
-    return lines
 
 
 if __name__ == "__main__":

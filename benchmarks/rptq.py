@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from common import canonical, results, self_written, write
 from quality import LENGTH, build_reference
+from quality_page import write_page
 from torch import fx
 
 from qcompiler import data, evaluate
@@ -149,6 +150,7 @@ def main() -> None:
         figures[name] |= {"bar": bar, "met": ratio <= bar} if bar else {}
         print(name, json.dumps(figures[name]), flush=True)
         write("rptq", figures)
+        write_page()
 
 
 def _ran(program: Program, steps: Any, samples: Any) -> Program:
