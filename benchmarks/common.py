@@ -14,6 +14,7 @@ from torch import Tensor
 from qcompiler import data
 from qcompiler.compiler import calibration_writer, capture, tokenizer_of
 from qcompiler.data import Calibration
+from qcompiler.journal import Journal
 from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
 from qcompiler.recipe import build
@@ -22,6 +23,7 @@ from qcompiler.report import versions
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does; the peers inherit it
 
 RESULTS = Path(__file__).parent / "results"
+JOURNAL = Journal(Path(__file__).parent.parent / "build" / "journal")  # a benchmark that died goes on where it was
 
 
 def stamp() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, canonical, results, self_written, write
+from common import JOURNAL, RESULTS, canonical, results, self_written, write
 from quality import LENGTH, build_reference
 from quality_page import write_page
 
@@ -149,7 +149,9 @@ class Bench:
     def ran(self, program: Program, recipe: str) -> Program:
         """A copy after some passes, its weights decoded: they round the same, and run faster."""
         copy = program.copy()
-        Runner(Context(samples=self.samples), data.check_samples(copy)).run(copy, Recipe.parse(recipe).passes)
+        Runner(Context(samples=self.samples, journal=JOURNAL), data.check_samples(copy)).run(
+            copy, Recipe.parse(recipe).passes
+        )
         return copy.decoded()
 
     def perplexity(self, program: Program) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from common import canonical, results, self_written, write
+from common import JOURNAL, canonical, results, self_written, write
 from quality import LENGTH, build_reference
 from quality_page import write_page
 from torch import fx
@@ -38,7 +38,10 @@ WEIGHTS = {
     4: "rptq{group=32}, gptq{scheme=int4:g32:asym}",
     3: "rptq{group=32}, gptq{scheme=int3:g32:asym}",
 }
-NORMED = "activations{scheme=int8:g32:asym include=@normed}, activations{scheme=int4:g32:asym exclude=@normed|@head}"
+NORMED = (
+    "activations{scheme=int8:g32:asym include=@normed}, "
+    "activations{scheme=int4:g32:asym exclude=@normed|@head ranges=error}"
+)
 TENSOR = (
     "activations{scheme=int8:tensor:asym include=@normed massive=0}, "
     "activations{scheme=int4:tensor:asym exclude=@normed|@head massive=0}"
@@ -61,6 +64,7 @@ CONFIGURATIONS = {  # name: (bits of the weights, what comes after them, the hig
     "W4A4 linear layers only": (4, NORMED, None),
     "W4A4 attention only": (4, BLOCK_ATTENTION, None),
     "W4A4 per tensor": (4, TENSOR, None),
+    "W4A4 with minimum-maximum ranges": (4, f"{NORMED.replace(' ranges=error', '')}, {BLOCK_ATTENTION}", None),
     "W4A4 with static ranges everywhere": (4, f"{NORMED}, {ATTENTION.format(4)}", None),
     "W4A4 with norm outputs in 4 bits, dynamic": (4, "activations{scheme=int4:g32:asym:dynamic}", None),
     "W4A4KV static": (4, STATIC_KV.format(4), None),
@@ -155,7 +159,7 @@ def main() -> None:
 
 def _ran(program: Program, steps: Any, samples: Any) -> Program:
     copy = program.copy()
-    Runner(Context(samples=samples), data.check_samples(copy)).run(copy, steps)
+    Runner(Context(samples=samples, journal=JOURNAL), data.check_samples(copy)).run(copy, steps)
     return copy
 
 
