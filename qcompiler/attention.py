@@ -95,7 +95,7 @@ def attention(
     added = bias
     if mask is not None and mask.dtype != torch.bool:
         added = mask if added is None else added + mask
-    rounded_k = round_keys(k, key_grid or (), key, block) if key else k
+    rounded_k = round_keys(k, key_grid or (), key, block, padding) if key else k
     rounded_v = fake_quantize(v, value_grid or (), scheme=value) if value else v
     exact = bool(recent or first or block)  # some queries see some floats
     if softcap == 0.0 and sinks is None and not exact and not levels:
@@ -148,10 +148,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, added: Tensor | 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)
 
 
-def round_keys(k: Tensor, grid: Sequence[Tensor], key: str, block: int) -> Tensor:
-    """Keys [batch, heads, keys, d] as a cache of scheme `key` holds them."""
+def round_keys(k: Tensor, grid: Sequence[Tensor], key: str, block: int, padding: Tensor | None = None) -> Tensor:
+    """Keys [batch, heads, keys, d] as a cache of scheme `key` holds them; those of padding have no say in a range."""
     if not block:
         return fake_quantize(k, grid, scheme=key)
+    if padding is not None:
+        k = k.masked_fill((padding == 0)[:, None, :, None], 0.0)
     return fake_quantize(k.transpose(-1, -2), (), scheme=block_scheme(key, block)).transpose(-1, -2)
 
 

@@ -69,6 +69,17 @@ def test_padding_does_not_count_as_first() -> None:
     assert torch.allclose(padded, alone, atol=1e-5)
 
 
+def test_padding_has_no_say_in_a_block() -> None:
+    """Nobody reads the key of padding; what it holds must not change how its neighbours are rounded."""
+    q, k, v = qkv()
+    padding = torch.ones(2, 16, dtype=torch.int64)
+    padding[:, :3] = 0
+    loud = k.clone()
+    loud[:, :, :3] *= 100
+    quiet, other = (attention(q, x, v, padding=padding, right=0, **KIVI)[:, :, 3:] for x in (k, loud))
+    assert torch.equal(quiet, other)
+
+
 def test_weights_are_rounded() -> None:
     q, k, v = qkv()
     coarse, fine = (attention(q, k, v, right=0, levels=levels) for levels in (3, 255))

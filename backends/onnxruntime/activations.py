@@ -29,10 +29,8 @@ def rounded(low: Lowering, x: ir.Value, grid: Sequence[ir.Value], scheme: str) -
         scale, *zero = (low.op("Unsqueeze", low.cast(part, torch.float32), [-1]) for part in grid)
         middle = zero[0] if zero else low.graph.constant(float(kind.levels >> 1))
     else:
-        scale, middle = _dynamic(low, grouped, kind)
-    codes = low.op("Add", low.op("Round", low.op("Div", grouped, scale)), middle)
-    codes = low.op("Clip", codes, low.graph.constant(0.0), low.graph.constant(float(kind.levels - 1)))
-    value = low.op("Mul", low.op("Sub", codes, middle), scale)
+        scale, middle = dynamic_grid(low, grouped, kind)
+    value = to_grid(low, grouped, scale, middle, kind)
     back = low.op("Reshape", value, [*([0] * (len(sizes) - 1)), width])
     return typed(back, Type(sizes, torch.float32))
 
@@ -41,11 +39,18 @@ def _wide(x: ir.Value, width: int, size: int) -> Type:
     return Type((*sizes_of(x)[:-1], width // size, size), torch.float32)
 
 
-def _dynamic(low: Lowering, grouped: ir.Value, kind: Scheme) -> tuple[ir.Value, ir.Value]:
-    """Scale and zero point of each group, as `grid_of` computes them."""
+def to_grid(low: Lowering, x: ir.Value, scale: ir.Value, middle: ir.Value, kind: Scheme) -> ir.Value:
+    """The values that the codes of x stand for."""
+    codes = low.op("Add", low.op("Round", low.op("Div", x, scale)), middle)
+    codes = low.op("Clip", codes, low.graph.constant(0.0), low.graph.constant(float(kind.levels - 1)))
+    return low.op("Mul", low.op("Sub", codes, middle), scale)
+
+
+def dynamic_grid(low: Lowering, grouped: ir.Value, kind: Scheme, axis: int = -1) -> tuple[ir.Value, ir.Value]:
+    """Scale and zero point of each group along an axis, as `grid_of` computes them."""
     zero, one = low.graph.constant(0.0), low.graph.constant(1.0)
-    low_end = low.op("Min", low.op("ReduceMin", grouped, [-1], keepdims=1), zero)
-    high_end = low.op("Max", low.op("ReduceMax", grouped, [-1], keepdims=1), zero)
+    low_end = low.op("Min", low.op("ReduceMin", grouped, [axis], keepdims=1), zero)
+    high_end = low.op("Max", low.op("ReduceMax", grouped, [axis], keepdims=1), zero)
     if kind.symmetric:
         high_end = low.op("Max", low.op("Neg", low_end), high_end)
         low_end = low.op("Neg", high_end)

@@ -7,8 +7,9 @@ import onnx_ir as ir
 import torch
 
 from qcompiler.backends.onnxruntime.activations import rounded
+from qcompiler.backends.onnxruntime.float_keys import kept, rounded_keys
 from qcompiler.backends.onnxruntime.graph import dtype_of, sizes_of, typed
-from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, Unsupported
+from qcompiler.backends.onnxruntime.lowering import Lowering, Rule
 from qcompiler.program import Type
 
 
@@ -105,15 +106,14 @@ def attention(
     levels: int = 0,
 ) -> ir.Value:
     """softmax(q k' * scale, masked) v; see `qcompiler.attention`."""
-    if block or recent or first:
-        raise Unsupported("attention in which some keys stay in float (block, recent, first)")
-    k = rounded(low, k, key_grid or (), key) if key else k
-    v = rounded(low, v, value_grid or (), value) if value else v
-    k, v = grouped(low, q, k), grouped(low, q, v)
-    score = low.op("MatMul", q, low.op("Transpose", k, perm=[0, 1, 3, 2]))
+    exact = bool(block or recent or first)  # some queries see some floats
+    float_v = grouped(low, q, v) if exact and value else None
+    score = scores(low, q, rounded_keys(low, k, key_grid or (), key, block, padding) if key else k, scale, out.dtype)
+    if exact and key:
+        near = kept(low, q, k, padding, max(block, 1), recent, first)
+        score = low.op("Where", near, scores(low, q, k, scale, out.dtype), score)
+    v = grouped(low, q, rounded(low, v, value_grid or (), value) if value else v)
     dtype = out.dtype
-    if scale != 1.0:
-        score = low.op("Mul", score, low.cast(scale, dtype))
     if softcap > 0.0:
         cap = low.cast(softcap, dtype)
         score = low.op("Mul", low.op("Tanh", low.op("Div", score, cap)), cap)
@@ -132,7 +132,17 @@ def attention(
         peak = low.op("Max", low.op("ReduceMax", weights, [-1], keepdims=1), low.cast(torch.finfo(dtype).tiny, dtype))
         step = low.op("Div", peak, low.cast(float(levels), dtype))
         weights = low.op("Mul", low.op("Round", low.op("Div", weights, step)), step)
-    return low.op("MatMul", weights, v)
+    if float_v is None:
+        return low.op("MatMul", weights, v)
+    near, none = kept(low, q, k, padding, 1, recent, first), low.cast(0.0, dtype)
+    parts = ((low.op("Where", near, weights, none), float_v), (low.op("Where", near, none, weights), v))
+    return low.op("Add", *(low.op("MatMul", share, x) for share, x in parts))
+
+
+def scores(low: Lowering, q: ir.Value, k: ir.Value, scale: float, dtype: torch.dtype) -> ir.Value:
+    """q k' * scale, [batch, heads, queries, keys]."""
+    product = low.op("MatMul", q, low.op("Transpose", grouped(low, q, k), perm=[0, 1, 3, 2]))
+    return product if scale == 1.0 else low.op("Mul", product, low.cast(scale, dtype))
 
 
 def grouped(low: Lowering, q: ir.Value, x: ir.Value) -> ir.Value:
