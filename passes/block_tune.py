@@ -25,6 +25,7 @@ from qcompiler.passes.statistics import Hessian
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program, Type
 from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits
+from qcompiler.spill import Spill
 
 STARTS = ("gptq", "rtn")
 ROUNDED = ("key", "value", "block", "recent", "first", "levels", "key_grid", "value_grid")  # of qc.attention
@@ -173,20 +174,19 @@ class Block:
         wanted = list(_outputs(target.nodes))
         if len(wanted) != len(self.outputs):
             raise PassError(f"block {segment.index} has other outputs with rounded activations than without")
-        self.targets = []
-        for inputs in target.inputs:
-            env = dict(inputs)
+        self.wanted, self.targets = wanted, Spill()
+        for env in target.inputs:
             execute(target.nodes, env, floats.tensors)
-            self.targets.append([env[node] for node in wanted])
+            self.targets.append({node: env[node] for node in wanted})
 
     def error(self, i: int, weights: Mapping[str, Tensor]) -> Tensor:
         """The mean squared error on sample i relative to each token's energy, for these weights."""
-        env = dict(self.segment.inputs[i])
+        env, targets = self.segment.inputs[i], self.targets[i]
         execute(self.segment.nodes, env, {**self.program.tensors, **weights})
         real = self.samples[i].get("attention_mask")
         total = torch.zeros(())
-        for node, target in zip(self.outputs, self.targets[i], strict=True):
-            wanted = target.float()
+        for node, target in zip(self.outputs, self.wanted, strict=True):
+            wanted = targets[target].float()
             lost = (env[node].float() - wanted).pow(2).sum(-1) / wanted.pow(2).sum(-1).clamp(min=1e-12)
             padded = real is not None and real.shape == lost.shape
             total = total + (lost[real != 0] if padded else lost).mean()

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from qcompiler.execution import execute
 from qcompiler.program import Program
+from qcompiler.spill import Spill
 
 Sample = Mapping[str, Tensor]  # one batch of inputs, by name
 
@@ -47,14 +48,14 @@ Needs = Mapping[str, Statistic]
 class Segment:
     """One step of a sweep: its nodes as they were when measured, and the statistics, by the names in `Needs`.
 
-    `inputs` are the values it finds, for each sample: copy one before running nodes in it.
+    `inputs[i]` are the values it finds for sample i, in a dict of its own.
     """
 
     index: int
     count: int
     nodes: list[fx.Node]
     statistics: dict[str, Any]
-    inputs: list[dict[fx.Node, Any]]
+    inputs: Sequence[dict[fx.Node, Any]] | Spill
 
 
 def mark_segments(program: Program) -> int:
@@ -108,7 +109,9 @@ def sweep(
     to change nothing before the sweep is over, and `Segment.inputs` is empty.
     """
     count = mark_segments(program)
-    envs: list[dict[fx.Node, Any]] = [dict(program.bind(sample)) for sample in samples]
+    envs = Spill()
+    for sample in samples:
+        envs.append(program.bind(sample))
     for index in range(count):
         if progress:
             progress("calibrating", index, count)
@@ -128,17 +131,18 @@ def _nodes_of(program: Program, index: int) -> list[fx.Node]:
 
 # Gradients are off here and not in `sweep`: a generator would switch them off for whoever iterates over it.
 @torch.no_grad()
-def _advance(nodes: Sequence[fx.Node], envs: Sequence[dict[fx.Node, Any]], program: Program) -> None:
+def _advance(nodes: Sequence[fx.Node], envs: Spill, program: Program) -> None:
     """Run one segment on every sample."""
-    for env in envs:
+    for i, env in enumerate(envs):
         execute(nodes, env, program.tensors)
+        envs[i] = env
 
 
 @torch.no_grad()
 def _measure(
     nodes: Sequence[fx.Node],
     needs: Needs,
-    envs: Sequence[dict[fx.Node, Any]],
+    envs: Spill,
     samples: Sequence[Sample],
     program: Program,
     stay: bool,
@@ -153,8 +157,7 @@ def _measure(
     states = {key: key[1].start() for key in asked.values()}
     watched = {value for value, _ in states}
     stop = max((i + 1 for i, node in enumerate(nodes) if node in watched), default=0) if stay else len(nodes)
-    for env, sample in zip(envs, samples, strict=True):
-        scratch = dict(env) if stay else env
+    for i, (env, sample) in enumerate(zip(envs, samples, strict=True)):
 
         def watch(node: fx.Node, value: Any, sample: Sample = sample) -> None:
             for key in states:
@@ -163,7 +166,9 @@ def _measure(
 
         for node in list(env):  # values that earlier segments made
             watch(node, env[node])
-        execute(nodes[:stop], scratch, program.tensors, watch)
+        execute(nodes[:stop], env, program.tensors, watch)
+        if not stay:
+            envs[i] = env
     done = {key: key[1].done(state) for key, state in states.items()}
     return {name: done[key] for name, key in asked.items()}
 
