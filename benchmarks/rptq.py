@@ -42,6 +42,7 @@ NORMED = (
     "activations{scheme=int8:g32:asym include=@normed}, "
     "activations{scheme=int4:g32:asym exclude=@normed|@head ranges=error}"
 )
+WIDE = NORMED.replace(" ranges=error", "")
 TENSOR = (
     "activations{scheme=int8:tensor:asym include=@normed massive=0}, "
     "activations{scheme=int4:tensor:asym exclude=@normed|@head massive=0}"
@@ -64,8 +65,8 @@ CONFIGURATIONS = {  # name: (bits of the weights, what comes after them, the hig
     "W4A4 linear layers only": (4, NORMED, None),
     "W4A4 attention only": (4, BLOCK_ATTENTION, None),
     "W4A4 per tensor": (4, TENSOR, None),
-    "W4A4 with minimum-maximum ranges": (4, f"{NORMED.replace(' ranges=error', '')}, {BLOCK_ATTENTION}", None),
-    "W4A4 with static ranges everywhere": (4, f"{NORMED}, {ATTENTION.format(4)}", None),
+    "W4A4 with minimum-maximum ranges": (4, f"{WIDE}, {BLOCK_ATTENTION}", None),
+    "W4A4 with static ranges everywhere": (4, f"{WIDE}, {ATTENTION.format(4)}", None),
     "W4A4 with norm outputs in 4 bits, dynamic": (4, "activations{scheme=int4:g32:asym:dynamic}", None),
     "W4A4KV static": (4, STATIC_KV.format(4), None),
     "W4A3KV static": (4, STATIC_KV.format(3), None),
