@@ -1,0 +1,210 @@
+"""linear_wq: a float activation times a weight of 2, 3, 4 or 8 bits, for one to some hundred tokens.
+
+A decoding step reads every weight once and does little with it, so the time is that of reading memory, if unpacking
+keeps up: an H200 may spend about 4 instructions on a 4-bit weight. Here it is two to two and a half, of which an AND
+and an FMA unpack (planes.py). What else keeps it low:
+
+- The weight is the left operand of the product, [n, k] x [k, tokens]: Hopper's tensor cores take that one from
+  registers, where unpacking leaves it, and the tokens need not be padded to 64.
+- A tile of words is contiguous in memory; scales come two, zero points four to an int32, so that they too can be
+  copied ahead by cp.async, which takes no less than 4 bytes.
+- The group's scale is in the FMA that unpacks. The sum stays in the tensor cores; no group ends it.
+
+Where the tiles of n are fewer than the machine's processors, k is split, and the program that comes last adds up the
+parts in order: no float is added atomically, so the same input gives the same bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qcompiler.kernels.cost import Cost
+from qcompiler.kernels.packed_weight import ROWS, PackedWeight
+from qcompiler.kernels.planes import take_top, unpack
+from qcompiler.target import Kernel, bits, channel_or_group, integer_codes, matrix, without
+
+ACCEPTS = (
+    integer_codes()
+    & bits(2, 3, 4, 8)
+    & channel_or_group(32, 64, 128, 256)
+    & matrix()
+    & without("minimum", "codebook", "boundaries")
+)
+KERNEL = Kernel("linear_wq", "linear", ACCEPTS)
+
+FUSED = 768  # tokens; for more, decoding the weight once and one plain product take less time
+
+
+@triton.jit
+def grid_of(pair, four, group, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr):
+    """What `unpack` multiplies by and adds for a group, [n] each, from its words of scales and of zero points."""
+    multiplier = (pair >> ((group & 1) * 16)).to(tl.int16).to(DTYPE, bitcast=True)
+    middle = tl.full(pair.shape, 1 << (BITS - 1), tl.int16)
+    zero = middle if SYMMETRIC else (four >> ((group & 3) * 8) & 255).to(tl.int16)
+    return multiplier, -(zero.to(DTYPE, bitcast=True) * multiplier)
+
+
+@triton.jit
+def linear_wq_kernel(
+    x,
+    words,
+    scales,
+    zeros,
+    row_scale,
+    bias,
+    partial,
+    arrived,
+    out,
+    tokens,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """x [tokens, K] times the packed weight [N, K] transposed, plus bias [N], into out [tokens, N].
+
+    Program (i, j, l) takes rows i * BN and on, the j-th part of K, tokens l * BM and on. `partial` is float32
+    [SPLIT, tokens of all programs, N filled up].
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    FIELDS: tl.constexpr = 16 // BITS
+    WIDTH: tl.constexpr = BK // (16 if BITS == 3 else FIELDS)
+    STEPS: tl.constexpr = (K + BK - 1) // BK
+    FULL: tl.constexpr = (N + BN - 1) // BN * BN
+    tl.static_assert(GROUP % WIDTH == 0 and (BK % GROUP == 0 or GROUP % BK == 0))
+
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    first = split * STEPS // SPLIT
+    last = (split + 1) * STEPS // SPLIT
+    n = tile * BN + tl.arange(0, BN)
+    m = tl.program_id(2) * BM + tl.arange(0, BM)
+    i = tl.arange(0, WIDTH)
+    words_at = words + (tile * STEPS + first) * (WORDS * BN * WIDTH) + tl.arange(0, BN)[:, None] * WIDTH + i[None, :]
+    x_at = x + m[None, :] * K + first * BK + i[:, None]
+    there = m[None, :] < tokens
+    acc = tl.zeros((BN, BM), tl.float32)
+
+    for step in tl.range(first, last):
+        mask = there
+        spare = tl.zeros((BN, WIDTH), tl.int16)
+        for start in tl.static_range(0, BK, WIDTH):  # where the columns of a plane start
+            if BITS == 3 and start == 15 * WIDTH:
+                raw = spare
+            elif start % (FIELDS * WIDTH) == 0:
+                raw = tl.load(words_at + start // (FIELDS * WIDTH) * BN * WIDTH)
+                if BITS == 3:
+                    spare = take_top(spare, raw)
+            if start % GROUP == 0:
+                if start % (2 * GROUP) == 0:
+                    pair = tl.load(scales + (step * BK + start) // (2 * GROUP) * FULL + n)
+                if start % (4 * GROUP) == 0:
+                    four = pair if SYMMETRIC else tl.load(zeros + (step * BK + start) // (4 * GROUP) * FULL + n)
+                multiplier, addend = grid_of(pair, four, (step * BK + start) // GROUP, BITS, SYMMETRIC, DTYPE)
+            if K % BK > 0:
+                mask = there & (step * BK + start + i[:, None] < K)
+            columns = tl.load(x_at + start, mask=mask, other=0.0)
+            acc = tl.dot(unpack(raw, multiplier, addend, start // WIDTH % FIELDS, BITS), columns, acc)
+        words_at += WORDS * BN * WIDTH
+        x_at += BK
+
+    if SPLIT > 1:
+        # Each part is written; who comes last finds all of them and adds them up in order.
+        SUM: tl.constexpr = BM * FULL
+        part_at = partial + m[None, :] * FULL + n[:, None]
+        tl.store(part_at + split * SUM, acc)
+        tl.debug_barrier()  # every thread's part is written before one of them says so
+        before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
+        if before < SPLIT - 1:
+            return
+        tl.store(arrived + tile, 0)  # ready for the next launch
+        acc = tl.zeros((BN, BM), tl.float32)
+        for part in tl.static_range(SPLIT):
+            acc += tl.load(part_at + part * SUM, cache_modifier=".cg")
+    acc = acc * tl.load(row_scale + n)[:, None]
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0)[:, None].to(tl.float32)
+    tl.store(out + m[None, :] * N + n[:, None], acc.to(DTYPE), mask=there & (n[:, None] < N))
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a launch is cut up: tokens of a program, parts of k, warps, stages of the pipeline."""
+
+    tokens: int
+    split: int
+    warps: int = 4
+    stages: int = 4
+
+
+def configure(weight: PackedWeight, tokens: int, processors: int = 132) -> Config:
+    """The configuration for `tokens` tokens on a GPU of so many processors, by rule: nothing is tried out.
+
+    Two programs to a processor hide each other's waiting; a part of k of less than four steps never fills the pipeline.
+    """
+    block = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
+    tiles, steps = weight.words.shape[:2]
+    wanted = -(-2 * processors // tiles)
+    split = max(1, min(wanted, steps // 4, 16)) if tokens <= block else 1
+    stages = 3 if weight.columns * weight.scheme.bits >= 1024 or block == 128 else 4
+    return Config(block, split, stages=stages)
+
+
+def linear_wq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
+    """x [..., k], contiguous, in the weight's dtype, times the weight [n, k] transposed, plus bias [n]: [..., n].
+
+    With a permuted weight (act-order) x holds its channels in the stored order: the op before stores them so.
+    """
+    n, k = weight.shape
+    tokens = x.numel() // k
+    chosen = config or configure(weight, tokens)
+    tiles = weight.words.shape[0]
+    out = x.new_empty((*x.shape[:-1], n))
+    partial = out
+    if chosen.split > 1:
+        partial = x.new_empty((chosen.split, chosen.tokens, tiles * ROWS), dtype=torch.float32)
+    linear_wq_kernel[tiles, chosen.split, triton.cdiv(tokens, chosen.tokens)](
+        x,
+        weight.words,
+        weight.scales,
+        weight.scales if weight.zeros is None else weight.zeros,
+        weight.row_scale,
+        out if bias is None else bias,
+        partial,
+        weight.arrived,
+        out,
+        tokens,
+        N=n,
+        K=k,
+        GROUP=weight.group,
+        BITS=weight.scheme.bits,
+        SYMMETRIC=weight.zeros is None,
+        HAS_BIAS=bias is not None,
+        BM=chosen.tokens,
+        BN=ROWS,
+        BK=weight.columns,
+        SPLIT=chosen.split,
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )
+    return out
+
+
+def cost(weight: PackedWeight, tokens: int) -> Cost:
+    """What a launch reads, writes and computes."""
+    n, k = weight.shape
+    config = configure(weight, tokens)
+    moved = weight.nbytes + 2 * tokens * (n + k)
+    if config.split > 1:
+        moved += 2 * 4 * config.split * tokens * n
+    return Cost(moved, 2 * tokens * n * k)
