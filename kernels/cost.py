@@ -1,18 +1,25 @@
-"""Cost: what a launch moves and computes, and the time that takes at best on a device."""
+"""Device and Cost: what a GPU can do, what a launch moves and computes, and the least time that takes."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a GPU can do: bytes and floating-point operations a second, and the shortest time of a launch."""
+    """A GPU: compute capability (90 is 9.0), processors, bytes of shared memory that a program may have; bytes and
+    operations on the tensor cores a second as measured on large copies and bf16 products; the shortest launch."""
 
+    capability: int
+    processors: int
+    shared: int
     bandwidth: float
-    flops: float
+    operations: float
     launch: float = 2e-6
 
 
-H200 = Device(4.3e12, 790e12)
+A100 = Device(80, 108, 166912, 1.8e12, 280e12)
+H200 = Device(90, 132, 232448, 4.3e12, 790e12)
+B200 = Device(100, 148, 232448, 7.0e12, 1600e12)
+DEVICES = (A100, H200, B200)
 
 
 @dataclass(frozen=True)
@@ -28,4 +35,4 @@ class Cost:
 
     def seconds(self, device: Device) -> float:
         """The least time this can take: moving and computing overlap, starting does not."""
-        return device.launch + max(self.moved / device.bandwidth, self.operations / device.flops)
+        return device.launch + max(self.moved / device.bandwidth, self.operations / device.operations)

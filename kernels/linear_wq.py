@@ -14,6 +14,7 @@ Where the tiles of n are fewer than the machine's processors, k is split, and th
 parts in order: no float is added atomically, so the same input gives the same bits.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qcompiler.kernels.cost import Cost
-from qcompiler.kernels.packed_weight import ROWS, PackedWeight
-from qcompiler.kernels.planes import take_top, unpack
+from qcompiler.kernels.cost import H200, Cost, Device
+from qcompiler.kernels.packed_weight import COLUMNS, ROWS, PackedWeight, group_of, tile_columns
+from qcompiler.kernels.planes import grid_of, take_top, unpack
+from qcompiler.kernels.sass import Build
+from qcompiler.scheme import Scheme
 from qcompiler.target import Kernel, bits, channel_or_group, integer_codes, matrix, without
 
 ACCEPTS = (
@@ -34,17 +37,6 @@ ACCEPTS = (
     & without("minimum", "codebook", "boundaries")
 )
 KERNEL = Kernel("linear_wq", "linear", ACCEPTS)
-
-FUSED = 768  # tokens; for more, decoding the weight once and one plain product take less time
-
-
-@triton.jit
-def grid_of(pair, four, group, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr):
-    """What `unpack` multiplies by and adds for a group, [n] each, from its words of scales and of zero points."""
-    multiplier = (pair >> ((group & 1) * 16)).to(tl.int16).to(DTYPE, bitcast=True)
-    middle = tl.full(pair.shape, 1 << (BITS - 1), tl.int16)
-    zero = middle if SYMMETRIC else (four >> ((group & 3) * 8) & 255).to(tl.int16)
-    return multiplier, -(zero.to(DTYPE, bitcast=True) * multiplier)
 
 
 @triton.jit
@@ -80,42 +72,45 @@ def linear_wq_kernel(
     FIELDS: tl.constexpr = 16 // BITS
     WIDTH: tl.constexpr = BK // (16 if BITS == 3 else FIELDS)
     STEPS: tl.constexpr = (K + BK - 1) // BK
+    EACH: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    RAGGED: tl.constexpr = STEPS * BK > K or EACH * SPLIT > STEPS
     FULL: tl.constexpr = (N + BN - 1) // BN * BN
     tl.static_assert(GROUP % WIDTH == 0 and (BK % GROUP == 0 or GROUP % BK == 0))
 
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    first = split * STEPS // SPLIT
-    last = (split + 1) * STEPS // SPLIT
+    first = split * EACH
     n = tile * BN + tl.arange(0, BN)
     m = tl.program_id(2) * BM + tl.arange(0, BM)
     i = tl.arange(0, WIDTH)
-    words_at = words + (tile * STEPS + first) * (WORDS * BN * WIDTH) + tl.arange(0, BN)[:, None] * WIDTH + i[None, :]
+    words_at = words + tile * (STEPS * WORDS * BN * WIDTH) + tl.arange(0, BN)[:, None] * WIDTH + i[None, :]
     x_at = x + m[None, :] * K + first * BK + i[:, None]
     there = m[None, :] < tokens
     acc = tl.zeros((BN, BM), tl.float32)
 
-    for step in tl.range(first, last):
+    # Every part takes as many steps, also those beyond the end, where x is zero: with a number of steps that is not
+    # known in advance, ptxas lets no two products of Hopper's tensor cores overlap.
+    for step in tl.range(first, first + EACH):
         mask = there
+        here = tl.minimum(step, STEPS - 1) if RAGGED else step
         spare = tl.zeros((BN, WIDTH), tl.int16)
         for start in tl.static_range(0, BK, WIDTH):  # where the columns of a plane start
             if BITS == 3 and start == 15 * WIDTH:
                 raw = spare
             elif start % (FIELDS * WIDTH) == 0:
-                raw = tl.load(words_at + start // (FIELDS * WIDTH) * BN * WIDTH)
+                raw = tl.load(words_at + (here * WORDS + start // (FIELDS * WIDTH)) * BN * WIDTH)
                 if BITS == 3:
                     spare = take_top(spare, raw)
             if start % GROUP == 0:
                 if start % (2 * GROUP) == 0:
-                    pair = tl.load(scales + (step * BK + start) // (2 * GROUP) * FULL + n)
+                    pair = tl.load(scales + (here * BK + start) // (2 * GROUP) * FULL + n)
                 if start % (4 * GROUP) == 0:
-                    four = pair if SYMMETRIC else tl.load(zeros + (step * BK + start) // (4 * GROUP) * FULL + n)
-                multiplier, addend = grid_of(pair, four, (step * BK + start) // GROUP, BITS, SYMMETRIC, DTYPE)
-            if K % BK > 0:
+                    four = pair if SYMMETRIC else tl.load(zeros + (here * BK + start) // (4 * GROUP) * FULL + n)
+                multiplier, addend = grid_of(pair, four, (here * BK + start) // GROUP, BITS, SYMMETRIC, DTYPE)
+            if RAGGED:
                 mask = there & (step * BK + start + i[:, None] < K)
             columns = tl.load(x_at + start, mask=mask, other=0.0)
-            acc = tl.dot(unpack(raw, multiplier, addend, start // WIDTH % FIELDS, BITS), columns, acc)
-        words_at += WORDS * BN * WIDTH
+            acc = tl.dot(unpack(raw, multiplier, addend, start // WIDTH % FIELDS, BITS, SYMMETRIC), columns, acc)
         x_at += BK
 
     if SPLIT > 1:
@@ -147,27 +142,42 @@ class Config:
     stages: int = 4
 
 
-def configure(weight: PackedWeight, tokens: int, processors: int = 132) -> Config:
-    """The configuration for `tokens` tokens on a GPU of so many processors, by rule: nothing is tried out.
+def configure(n: int, k: int, columns: int, bits: int, tokens: int, device: Device = H200) -> Config:
+    """The configuration for a weight [n, k] in tiles of `columns`, and `tokens` tokens: by rule, nothing is tried out.
 
-    Two programs to a processor hide each other's waiting; a part of k of less than four steps never fills the pipeline.
+    Two programs to a processor hide each other's waiting, and so share its memory; a part of k of less than four steps
+    never fills the pipeline.
     """
     block = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
-    tiles, steps = weight.words.shape[:2]
-    wanted = -(-2 * processors // tiles)
+    words = ROWS * columns * bits // 8
+    if 2 * (words + 2 * block * columns) > device.shared - 8192:  # of which scales and zero points get less
+        block = 64
+    stages = device.shared // 2 // (words + 2 * block * columns)
+    stages = max(2, min(stages, 3 if words >= 16384 else 4))
+    wanted = -(-2 * device.processors // -(-n // ROWS))
+    steps = -(-k // columns)
     split = max(1, min(wanted, steps // 4, 16)) if tokens <= block else 1
-    stages = 3 if weight.columns * weight.scheme.bits >= 1024 or block == 128 else 4
-    return Config(block, split, stages=stages)
+    split = -(-steps // -(-steps // split))  # with as many steps each, the last parts may have none
+    crowded = block == 128 or (block == 64 and bits == 2 and device.capability < 90)  # for the registers of 4 warps
+    return Config(block, split, warps=8 if crowded else 4, stages=stages)
+
+
+def constants(shape: tuple[int, int], group: int, columns: int, config: Config) -> dict[str, int]:
+    """What a launch fixes beside the weight's own kind."""
+    n, k = shape
+    return {"N": n, "K": k, "GROUP": group, "BM": config.tokens, "BN": ROWS, "BK": columns, "SPLIT": config.split}
 
 
 def linear_wq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
     """x [..., k], contiguous, in the weight's dtype, times the weight [n, k] transposed, plus bias [n]: [..., n].
 
+    For more tokens than dequantize_wq.FUSED, `linear_decoded` gives the same.
+
     With a permuted weight (act-order) x holds its channels in the stored order: the op before stores them so.
     """
     n, k = weight.shape
     tokens = x.numel() // k
-    chosen = config or configure(weight, tokens)
+    chosen = config or configure(n, k, weight.columns, weight.scheme.bits, tokens)
     tiles = weight.words.shape[0]
     out = x.new_empty((*x.shape[:-1], n))
     partial = out
@@ -184,27 +194,72 @@ def linear_wq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, confi
         weight.arrived,
         out,
         tokens,
-        N=n,
-        K=k,
-        GROUP=weight.group,
         BITS=weight.scheme.bits,
         SYMMETRIC=weight.zeros is None,
         HAS_BIAS=bias is not None,
-        BM=chosen.tokens,
-        BN=ROWS,
-        BK=weight.columns,
-        SPLIT=chosen.split,
+        **constants(weight.shape, weight.group, weight.columns, chosen),
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )
     return out
 
 
-def cost(weight: PackedWeight, tokens: int) -> Cost:
+def cost(weight: PackedWeight, tokens: int, device: Device = H200) -> Cost:
     """What a launch reads, writes and computes."""
     n, k = weight.shape
-    config = configure(weight, tokens)
+    config = configure(n, k, weight.columns, weight.scheme.bits, tokens, device)
     moved = weight.nbytes + 2 * tokens * (n + k)
     if config.split > 1:
         moved += 2 * 4 * config.split * tokens * n
     return Cost(moved, 2 * tokens * n * k)
+
+
+ARGUMENTS = {
+    "words": "*i16",
+    "scales": "*i32",
+    "zeros": "*i32",
+    "row_scale": "*fp32",
+    "partial": "*fp32",
+    "arrived": "*i32",
+    "tokens": "i32",
+}
+BUDGET = {2: 1.9, 3: 2.9, 4: 2.6, 8: 5.5}  # instructions for a weight: 16 tokens, groups of 128, steps of full length
+ASYMMETRIC = {2: 0.05}  # more, for the zero points: their four bytes a step are few, but two bits leave time for less
+
+
+def build(text: str, n: int, k: int, tokens: int, dtype: str = "fp16", device: Device = H200) -> Build:
+    """What is compiled for a weight [n, k] of a scheme such as "int4:g128:asym" and `tokens` tokens."""
+    scheme = Scheme.parse(text)
+    columns = tile_columns(scheme, n, k)
+    config = configure(n, k, columns, scheme.bits, tokens, device)
+    held = tokens <= 16 and scheme.group_of(k) >= 128 and columns == COLUMNS[scheme.bits]
+    budget = BUDGET[scheme.bits] + (0.0 if scheme.symmetric else ASYMMETRIC.get(scheme.bits, 0.0))
+    return Build(
+        name=f"linear_wq {text} {dtype} {n}x{k} M={tokens}",
+        kernel=linear_wq_kernel,
+        arguments=ARGUMENTS | dict.fromkeys(("x", "bias", "out"), f"*{dtype}"),
+        constants={
+            "BITS": scheme.bits,
+            "SYMMETRIC": scheme.symmetric,
+            "HAS_BIAS": True,
+            **constants((n, k), group_of(scheme, k, columns), columns, config),
+        },
+        handled=ROWS * columns,
+        budget=budget if held else 0.0,
+        warps=config.warps,
+        stages=config.stages,
+    )
+
+
+def builds(device: Device = H200) -> Iterator[Build]:
+    """The configurations that ship, for layers of a model of 8 billion parameters."""
+    large, small = (14336, 4096), (4096, 4096)
+    for width in COLUMNS:
+        for tokens in (1, 16):
+            yield build(f"int{width}:g128:sym", *large, tokens, device=device)
+        for tokens in (1, 16, 32, 64, 128):
+            yield build(f"int{width}:g128:asym", *large, tokens, device=device)
+        yield build(f"int{width}:g128:asym", *large, 16, "bf16", device)
+        yield build(f"int{width}:g128:asym", *small, 16, device=device)
+        yield build(f"int{width}:g32:asym", *large, 16, device=device)
+        yield build(f"int{width}:channel:sym", *large, 16, device=device)

@@ -11,7 +11,7 @@ from qcompiler.scheme import QTensor, Scheme, pack_bits
 
 ROWS = 128  # of a tile: two m64 fragments of Hopper's tensor cores, so that no weight goes through shared memory twice
 COLUMNS = {2: 512, 3: 256, 4: 256, 8: 128}  # the longest worthwhile step: the shorter, the more overhead for a weight
-ENOUGH = 1024  # tiles, four for each of two programs on each of 132 processors: only then are the longest steps taken
+ENOUGH = 512  # tiles, two for each of two programs on each of 132 processors: only then are the longest steps taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +91,8 @@ class PackedWeight:
 
     @property
     def group(self) -> int:
-        """Columns that share a scale, as the kernel counts them: one group a row is as long as a power of two."""
-        size = self.scheme.group_of(self.shape[1])
-        return size if size < self.shape[1] else max(self.columns, 1 << (size - 1).bit_length())
+        """Columns that share a scale, as the kernel counts them."""
+        return group_of(self.scheme, self.shape[1], self.columns)
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +108,12 @@ def tile_columns(scheme: Scheme, n: int, k: int) -> int:
     longest = COLUMNS[scheme.bits] if group == k else min(COLUMNS[scheme.bits], group * planes)
     few = -(-n // ROWS) * -(-k // longest) < ENOUGH
     return longest // 2 if few and longest // 2 >= 16 * planes else longest
+
+
+def group_of(scheme: Scheme, k: int, columns: int) -> int:
+    """Columns that share a scale; where all of a row do, a power of two that no tile reaches beyond."""
+    size = scheme.group_of(k)
+    return size if size < k else max(columns, 1 << (k - 1).bit_length())
 
 
 def _padded(values: Tensor) -> Tensor:

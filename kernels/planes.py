@@ -14,8 +14,8 @@ No code is shuffled, converted from an integer or written to shared memory.
 
 A code alone in the low bits of a 16-bit float is a *subnormal number*: v at bit b of an fp16 is exactly v * 2^(b-24),
 of a bfloat16 v * 2^(b-133), up to 11 and 8 bits (the smallest exponent continues the subnormals evenly). One FMA by
-`scale * 2^-b` and `-zero * scale` then gives scale * (v - zero), rounded once: both kinds of float, every plane, and
-symmetric and asymmetric grids cost the same.
+`scale * 2^-b` and `-zero * scale` then gives scale * (v - zero): both kinds of float, every plane, and symmetric and
+asymmetric grids cost the same.
 """
 
 from dataclasses import dataclass
@@ -40,6 +40,15 @@ UNPACK_F16 = tl.constexpr(
 UNPACK_BF16 = tl.constexpr(
     "{ .reg .b32 s, t; and.b32 s, $2, 31; shr.b32 t, $1, s; and.b32 t, t, $3; fma.rn.bf16x2 $0, t, $4, $5; }"
 )
+# The zero point first, exactly, and then the scale: with 8 bits the product of both is too large to be rounded.
+CENTER_F16 = tl.constexpr(
+    "{ .reg .b32 s, t, one; mov.b32 one, 0x3c003c00; and.b32 s, $2, 31; shr.b32 t, $1, s; and.b32 t, t, $3;"
+    " fma.rn.f16x2 t, t, one, $5; mul.rn.f16x2 $0, t, $4; }"
+)
+CENTER_BF16 = tl.constexpr(
+    "{ .reg .b32 s, t, one, none; mov.b32 one, 0x3f803f80; mov.b32 none, 0x80008000; and.b32 s, $2, 31;"
+    " shr.b32 t, $1, s; and.b32 t, t, $3; fma.rn.bf16x2 t, t, one, $5; fma.rn.bf16x2 $0, t, $4, none; }"
+)
 # $0 = 2 * $1 plus bit 15 of $2.
 TAKE_TOP = tl.constexpr(
     "{ .reg .b32 s, t; shl.b32 s, $1, 1; shr.b32 t, $2, 15; and.b32 t, t, 0x00010001; or.b32 $0, s, t; }"
@@ -47,10 +56,10 @@ TAKE_TOP = tl.constexpr(
 
 
 @triton.jit
-def unpack(words, multiplier, addend, PLANE: tl.constexpr, BITS: tl.constexpr):
-    """Plane PLANE (counted in the word) of int16 words [rows, width]: code * multiplier + addend, one of each a row.
+def unpack(words, multiplier, addend, PLANE: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Plane PLANE (counted in the word) of int16 words [rows, width], with what `grid_of` gives for each row.
 
-    Returns [rows, width] in the dtype of `multiplier`, which is that of addend [rows].
+    Returns [rows, width] in the dtype of `multiplier` [rows], which is that of addend [rows].
     """
     whole: tl.constexpr = 8 // BITS * BITS
     shift: tl.constexpr = PLANE * BITS // whole * whole  # leaves the code in the low 8 bits
@@ -60,7 +69,10 @@ def unpack(words, multiplier, addend, PLANE: tl.constexpr, BITS: tl.constexpr):
     multipliers = tl.broadcast_to((multiplier * (1.0 / (1 << place))).to(multiplier.dtype)[:, None], words.shape)
     addends = tl.broadcast_to(addend[:, None], words.shape)
     arguments = (words, shifts, masks, multipliers, addends)
-    ASM: tl.constexpr = UNPACK_F16 if multiplier.dtype == tl.float16 else UNPACK_BF16
+    HALF: tl.constexpr = multiplier.dtype == tl.float16
+    CENTER: tl.constexpr = CENTER_F16 if HALF else CENTER_BF16
+    UNPACK: tl.constexpr = UNPACK_F16 if HALF else UNPACK_BF16
+    ASM: tl.constexpr = CENTER if BITS == 8 and not SYMMETRIC else UNPACK
     return tl.inline_asm_elementwise(ASM, "=r,r,r,r,r,r", arguments, multiplier.dtype, is_pure=True, pack=2)
 
 
@@ -68,6 +80,19 @@ def unpack(words, multiplier, addend, PLANE: tl.constexpr, BITS: tl.constexpr):
 def take_top(collected, words):
     """`collected` (int16, as words) moved up by one bit, and bit 15 of `words` below it."""
     return tl.inline_asm_elementwise(TAKE_TOP, "=r,r,r", (collected, words), tl.int16, is_pure=True, pack=2)
+
+
+@triton.jit
+def grid_of(pair, four, group, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr):
+    """What `unpack` multiplies by and adds for a group, [n] each, from its words of scales and of zero points.
+
+    The addend is -zero * scale, rounded; of a symmetric grid exact, as zero is a power of two. With 8 bits and a zero
+    point of their own it is -zero.
+    """
+    multiplier = (pair >> ((group & 1) * 16)).to(tl.int16).to(DTYPE, bitcast=True)
+    middle = tl.full(pair.shape, 1 << (BITS - 1), tl.int16)
+    zero = (middle if SYMMETRIC else (four >> ((group & 3) * 8) & 255).to(tl.int16)).to(DTYPE, bitcast=True)
+    return multiplier, -zero if BITS == 8 and not SYMMETRIC else -(zero * multiplier)
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,17 @@ def unpack_bf16(words: Any, shift: Any, mask: Any, multiplier: Any, addend: Any)
     return floats_to_bits(fma(*values), tl.bfloat16)
 
 
+def center_f16(words: Any, shift: Any, mask: Any, multiplier: Any, addend: Any) -> np.ndarray:
+    centered = unpack_f16(words, shift, mask, np.ones_like(multiplier), addend)
+    return (centered.astype(np.float64) * multiplier.astype(np.float64)).astype(np.float16)
+
+
+def center_bf16(words: Any, shift: Any, mask: Any, multiplier: Any, addend: Any) -> np.ndarray:
+    one = floats_to_bits(np.ones(multiplier.shape, np.float32), tl.bfloat16)
+    centered = bits_to_floats(unpack_bf16(words, shift, mask, one, addend), tl.bfloat16)
+    return floats_to_bits(centered * bits_to_floats(multiplier.view(np.uint16), tl.bfloat16), tl.bfloat16)
+
+
 def take_top(collected: Any, words: Any) -> np.ndarray:
     return collected.view(np.uint16) << 1 | words.view(np.uint16) >> 15
 
@@ -160,4 +171,6 @@ def install() -> None:
     interpreter._patch_lang_tensor = with_item(interpreter._patch_lang_tensor)
     ASSEMBLY[planes.UNPACK_F16.value] = unpack_f16
     ASSEMBLY[planes.UNPACK_BF16.value] = unpack_bf16
+    ASSEMBLY[planes.CENTER_F16.value] = center_f16
+    ASSEMBLY[planes.CENTER_BF16.value] = center_bf16
     ASSEMBLY[planes.TAKE_TOP.value] = take_top
