@@ -24,12 +24,12 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.6 to 3.9
 
 import triton
 
-from qcompiler.kernels import linear_wq
+from qcompiler.kernels import linear_a8, linear_wq, norm_quantize
 from qcompiler.kernels.cost import DEVICES, Device
 from qcompiler.kernels.sass import Build, Reading, compile_and_read
 
 RESULTS = Path(__file__).parent / "results" / "sass.json"
-MODULES = (linear_wq,)
+MODULES = (linear_wq, linear_a8, norm_quantize)
 HELD = (80, 90)
 SLACK = 1.02  # of instructions for a weight, between two versions of ptxas
 
@@ -57,7 +57,7 @@ def read(options: argparse.Namespace, saved: dict[str, Any]) -> tuple[dict[str, 
             before = saved.get(build.name, {}).get(target, {})
             wrong += [f"{build.name} {target}: {fault}" for fault in faults(build, device, reading, before)]
             print(
-                f"{build.name:48} {target:6} {reading.instructions_per_weight:6.2f} per weight {reading.registers:4}"
+                f"{build.name:66} {target:6} {reading.instructions_per_weight:6.2f} per weight {reading.registers:4}"
                 f" registers {reading.spills:4} spilled {reading.shared_bytes:7} shared",
                 flush=True,
             )
@@ -75,7 +75,9 @@ def main() -> int:
     readings, wrong = read(options, saved)
     print("\n".join(wrong) or f"{len(readings)} kernels: nothing wrong")
     if not options.keep and not wrong:
-        whole = {"triton": triton.__version__, "kernels": readings}
+        kept = saved if options.only != "*" else {}
+        merged = kept | {name: kept.get(name, {}) | found for name, found in readings.items()}
+        whole = {"triton": triton.__version__, "kernels": merged}
         RESULTS.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return 1 if wrong or not readings else 0
 

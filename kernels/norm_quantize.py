@@ -5,6 +5,7 @@ come in, codes of 8 bits or fewer go out, the sum of both for the next residual 
 the processor's own cache, where the row already is; nothing is gathered in memory.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qcompiler.kernels.cost import Cost
+from qcompiler.kernels.cost import H200, Cost, Device
+from qcompiler.kernels.sass import Build
 from qcompiler.rounding import activation_scheme, group_size
 
 
@@ -205,3 +207,38 @@ class Quantized:
 def warps(block: int) -> int:
     """So many that a thread holds 16 channels: each of its loads is 16 bytes long, and there are two."""
     return max(1, min(16, block // 512))
+
+
+def build(kind: str, scheme: str, width: int, residual: bool, reordered: bool) -> Build:
+    """What is compiled for a norm of `width` channels in bfloat16."""
+    how = activation_scheme(scheme)
+    block = triton.next_power_of_2(width)
+    extra = f"{' + residual' if residual else ''}{' reordered' if reordered else ''}"
+    return Build(
+        name=f"norm_quantize {kind} {scheme} {width}{extra}",
+        kernel=norm_quantize_kernel,
+        arguments=dict.fromkeys(("x", "residual", "weight", "bias", "added"), "*bf16")
+        | dict.fromkeys(("scale", "zero", "token_scale", "token_zero"), "*fp32")
+        | {"order": "*i32", "codes": "*i8", "eps": "fp32"},
+        constants={
+            "WIDTH": width,
+            "BLOCK": block,
+            "CENTERED": kind == "layer",
+            "HAS_RESIDUAL": residual,
+            "HAS_BIAS": kind == "layer",
+            "REORDERED": reordered,
+            "LEVELS": how.levels,
+            "DYNAMIC": how.dynamic,
+            "SYMMETRIC": how.symmetric,
+        },
+        handled=width,
+        warps=warps(block),
+    )
+
+
+def builds(device: Device = H200) -> Iterator[Build]:
+    """The configurations that ship: the norms of RPTQ on OPT, and of models with RMSNorm."""
+    for width in (4096, 8192):
+        yield build("layer", "int8:g128:asym", width, residual=False, reordered=True)
+        yield build("rms", "int8:token:dynamic", width, residual=True, reordered=False)
+        yield build("rms", "int8:token:asym:dynamic", width, residual=True, reordered=True)

@@ -33,7 +33,7 @@ class Build:
     """A kernel and all that a launch of it would fix.
 
     `arguments` gives the type of each run-time argument ("*fp16", "i32"), the others are in `constants`. A pass through
-    the main loop handles `handled` weights (or cached numbers), and may take `budget` instructions for each, counting
+    the main loop (or, without one, the program) handles `handled` weights (or cached numbers), and may take `budget` instructions for each, counting
     those of all threads; 0 is no limit.
     """
 
@@ -45,6 +45,7 @@ class Build:
     budget: float = 0.0
     warps: int = 4
     stages: int = 4
+    fusion: bool = True  # of products and sums into one operation
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def compile_and_read(build: Build, device: Device) -> Reading:
             if kind.startswith("*")
         },
     )
-    options = {"num_warps": build.warps, "num_stages": build.stages}
+    options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": build.fusion}
     compiled = triton.compile(source, target=GPUTarget("cuda", device.capability, 32), options=options)
     usage, listing = _dump(compiled.asm["cubin"])
     loop = main_loop(listing)
@@ -120,7 +121,7 @@ def _dump(cubin: bytes) -> tuple[str, str]:
 
 
 def main_loop(listing: str) -> list[str]:
-    """The instructions from the target to the source of the longest jump backwards.
+    """The instructions from the target to the source of the longest jump backwards; without one, all there are.
 
     >>> main_loop("/*0000*/ MOV R1, R2 ;\\n.L_x_1:\\n/*0010*/ IADD3 R1, R1, 1, RZ ;\\n/*0020*/ @P0 BRA `(.L_x_1) ;")
     ['IADD3 R1, R1, 1, RZ', '@P0 BRA `(.L_x_1)']
@@ -136,7 +137,7 @@ def main_loop(listing: str) -> list[str]:
             jump = re.search(r"\bBRA\b.*(\.L_[\w.]+)", line[1])
             if jump and len(lines) - labels.get(jump[1], len(lines)) > len(longest):
                 longest = range(labels[jump[1]], len(lines))
-    return [lines[i] for i in longest]
+    return [lines[i] for i in longest] if len(longest) > 1 else lines  # a program ends in a jump to itself
 
 
 def operation(line: str) -> str:

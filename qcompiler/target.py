@@ -101,6 +101,15 @@ def k_multiple_of(unit: int) -> Accept:
     return Accept(f"k_multiple_of({unit})", check)
 
 
+def k_at_most(most: int) -> Accept:
+    """The group axis is no longer than `most`."""
+
+    def check(weight: QTensor) -> Answer:
+        return weight.columns <= most or No(f"k={weight.columns} is more than {most}")
+
+    return Accept(f"k_at_most({most})", check)
+
+
 def without(*parts: str) -> Accept:
     """The QTensor has none of the named parts (codebook, permutation, boundaries, minimum, zero)."""
 

@@ -154,7 +154,7 @@ def with_item(original: Callable[..., None]) -> Callable[..., None]:
 
 def install() -> None:
     """Patch the interpreter, once."""
-    from qcompiler.kernels import planes
+    from qcompiler.kernels import linear_a8, planes
 
     builder = InterpreterBuilder
     if builder.create_inline_asm is inline_asm:
@@ -173,4 +173,6 @@ def install() -> None:
     ASSEMBLY[planes.UNPACK_BF16.value] = unpack_bf16
     ASSEMBLY[planes.CENTER_F16.value] = center_f16
     ASSEMBLY[planes.CENTER_BF16.value] = center_bf16
+    ASSEMBLY[linear_a8.HIGH.value] = lambda words: words & np.int8(-16)
+    ASSEMBLY[linear_a8.LOW.value] = lambda words: words << 4
     ASSEMBLY[planes.TAKE_TOP.value] = take_top
