@@ -14,14 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qcompiler.kernels.cost import H200, Cost, Device
+from qcompiler.kernels.packed_integers import MAGIC
 from qcompiler.kernels.sass import Build
 from qcompiler.rounding import activation_scheme, group_size
-
-
-@triton.jit
-def to_nearest(x):
-    """x, float32 and less than 2^22, rounded to whole numbers, ties to even: beside this no other bits fit."""
-    return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
@@ -31,6 +26,13 @@ def row_of(x, residual, at, mask, HAS_RESIDUAL: tl.constexpr):
     if HAS_RESIDUAL:
         values = (values.to(tl.float32) + tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)).to(values.dtype)
     return values.to(tl.float32)
+
+
+@triton.jit
+def divide(x, y, inverse):
+    """x / y rounded once, given 1 / y rounded once: the remainder of the first guess mends it."""
+    guess = x * inverse
+    return tl.fma(tl.fma(-guess, y, x), inverse, guess)
 
 
 @triton.jit
@@ -46,6 +48,7 @@ def norm_quantize_kernel(
     codes,
     token_scale,
     token_zero,
+    tokens,
     eps,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -56,52 +59,59 @@ def norm_quantize_kernel(
     LEVELS: tl.constexpr,
     DYNAMIC: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    MAGIC: tl.constexpr,
 ):
-    """Row `program` of x [tokens, WIDTH]: codes [tokens, WIDTH] int8, of which LEVELS / 2 was taken away.
+    """Rows program, program + programs, ... of x [tokens, WIDTH]: codes [tokens, WIDTH] int8, less LEVELS / 2.
 
-    Weight, bias, scale and zero [WIDTH] are in the order of what is stored: place j holds channel order[j].
+    Weight, bias, scale and zero [WIDTH] are in the order of what is stored: place j holds channel order[j]. They stay
+    in registers from row to row.
     """
-    token = tl.program_id(0).to(tl.int64)
+    HALF: tl.constexpr = LEVELS // 2
     j = tl.arange(0, BLOCK)
     there = j < WIDTH
-    x += token * WIDTH
-    residual += token * WIDTH
-    row = row_of(x, residual, j, there, HAS_RESIDUAL)
-    if HAS_RESIDUAL:
-        tl.store(added + token * WIDTH + j, row.to(added.dtype.element_ty), mask=there)
-    mean = 0.0
-    if CENTERED:
-        mean = tl.sum(row, axis=0) / WIDTH
-    apart = tl.where(there, row - mean, 0.0)
-    spread = tl.rsqrt(tl.sum(apart * apart, axis=0) / WIDTH + eps)
-    if REORDERED:
-        row = row_of(x, residual, tl.load(order + j, mask=there, other=0), there, HAS_RESIDUAL)
-    normed = (row - mean) * spread * tl.load(weight + j, mask=there, other=0.0).to(tl.float32)
+    factor = tl.load(weight + j, mask=there, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        normed += tl.load(bias + j, mask=there, other=0.0).to(tl.float32)
-    normed = normed.to(x.dtype.element_ty).to(tl.float32)  # what the norm alone would store
+        shift = tl.load(bias + j, mask=there, other=0.0).to(tl.float32)
+    from_channel = tl.load(order + j, mask=there, other=0) if REORDERED else j
+    if not DYNAMIC:
+        step = tl.load(scale + j, mask=there, other=1.0)
+        inverse = tl.div_rn(tl.full((BLOCK,), 1.0, tl.float32), step)
+        middle = tl.load(zero + j, mask=there, other=0.0)
+    for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0)):
+        begin = tl.cast(token, tl.int64) * WIDTH
+        row = row_of(x + begin, residual + begin, j, there, HAS_RESIDUAL)
+        if HAS_RESIDUAL:
+            tl.store(added + begin + j, row.to(added.dtype.element_ty), mask=there)
+        mean = tl.sum(row, axis=0) / WIDTH if CENTERED else 0.0
+        apart = tl.where(there, row - mean, 0.0)
+        spread = tl.rsqrt(tl.sum(apart * apart, axis=0) / WIDTH + eps)
+        if REORDERED:
+            apart = row_of(x + begin, residual + begin, from_channel, there, HAS_RESIDUAL) - mean
+        normed = apart * spread * factor
+        if HAS_BIAS:
+            normed += shift
+        normed = normed.to(x.dtype.element_ty).to(tl.float32)  # what the norm alone would store
 
-    middle = LEVELS // 2
-    if DYNAMIC:
-        highest = tl.maximum(tl.max(tl.where(there, normed, 0.0), axis=0), 0.0)
-        lowest = tl.minimum(tl.min(tl.where(there, normed, 0.0), axis=0), 0.0)
-        if SYMMETRIC:
-            step = tl.div_rn(tl.maximum(highest, -lowest), LEVELS // 2 - 1.0)
-        else:
-            step = tl.div_rn(highest - lowest, LEVELS - 1.0)
-        step = tl.where(step > 0, step, 1.0)
-        shift = middle * 1.0
-        if not SYMMETRIC:
-            shift = tl.minimum(to_nearest(tl.div_rn(-lowest, step)), LEVELS - 1.0)
-            tl.store(token_zero + token, shift - middle)
-        tl.store(token_scale + token, step)
-        steps = tl.div_rn(normed, tl.broadcast_to(step, normed.shape))
-    else:
-        steps = tl.div_rn(normed, tl.load(scale + j, mask=there, other=1.0))
-        shift = tl.load(zero + j, mask=there, other=0.0)
-    steps = tl.minimum(tl.maximum(steps, -2.0 * LEVELS), 2.0 * LEVELS)  # so that they can be rounded; clipped anyway
-    code = tl.minimum(tl.maximum(to_nearest(steps) + shift, 0.0), LEVELS - 1.0)
-    tl.store(codes + token * WIDTH + j, (code - middle).to(tl.int8), mask=there)
+        if DYNAMIC:
+            highest = tl.maximum(tl.max(tl.where(there, normed, 0.0), axis=0), 0.0)
+            lowest = tl.minimum(tl.min(tl.where(there, normed, 0.0), axis=0), 0.0)
+            if SYMMETRIC:
+                step = tl.div_rn(tl.maximum(highest, -lowest), HALF - 1.0)
+            else:
+                step = tl.div_rn(highest - lowest, LEVELS - 1.0)
+            step = tl.where(step > 0, step, 1.0)
+            inverse = tl.div_rn(1.0, step)
+            middle = HALF * 1.0
+            if not SYMMETRIC:
+                # Adding and taking away 1.5 * 2^23 leaves whole numbers, ties rounded to even.
+                middle = tl.minimum((tl.div_rn(-lowest, step) + 12582912.0) - 12582912.0, LEVELS - 1.0)
+                tl.store(token_zero + token, middle - HALF)
+            tl.store(token_scale + token, step)
+        steps = divide(normed, step, inverse)
+        steps = tl.minimum(tl.maximum(steps, -middle), (LEVELS - 1) - middle)
+        # The same sum as bits: its last ones are the whole number.
+        whole = (steps + 12582912.0).to(tl.int32, bitcast=True) - MAGIC
+        tl.store(codes + begin + j, (whole + (middle - HALF).to(tl.int32)).to(tl.int8), mask=there)
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +169,7 @@ class NormQuantize:
         scale = x.new_empty(tokens, dtype=torch.float32) if scheme.dynamic else None
         zero = torch.empty_like(scale) if scale is not None and not scheme.symmetric else None
         block = triton.next_power_of_2(width)
-        norm_quantize_kernel[tokens,](
+        norm_quantize_kernel[min(tokens, programs(block)),](
             x,
             x if residual is None else residual,
             self.weight,
@@ -171,6 +181,7 @@ class NormQuantize:
             codes,
             codes if scale is None else scale,
             codes if zero is None else zero,
+            tokens,
             self.eps,
             WIDTH=width,
             BLOCK=block,
@@ -181,6 +192,7 @@ class NormQuantize:
             LEVELS=scheme.levels,
             DYNAMIC=scheme.dynamic,
             SYMMETRIC=scheme.symmetric,
+            MAGIC=MAGIC,
             num_warps=warps(block),
         )
         return Quantized(codes, scale, zero, added)
@@ -205,8 +217,13 @@ class Quantized:
 
 
 def warps(block: int) -> int:
-    """So many that a thread holds 16 channels: each of its loads is 16 bytes long, and there are two."""
-    return max(1, min(16, block // 512))
+    """So many that a thread holds 8 channels, which is one load, and what belongs to them."""
+    return max(1, min(16, block // 256))
+
+
+def programs(block: int, device: Device = H200) -> int:
+    """As many as run at once: a processor holds 64 warps, of which registers leave room for half."""
+    return device.processors * max(1, 32 // warps(block))
 
 
 def build(kind: str, scheme: str, width: int, residual: bool, reordered: bool) -> Build:
@@ -219,7 +236,7 @@ def build(kind: str, scheme: str, width: int, residual: bool, reordered: bool) -
         kernel=norm_quantize_kernel,
         arguments=dict.fromkeys(("x", "residual", "weight", "bias", "added"), "*bf16")
         | dict.fromkeys(("scale", "zero", "token_scale", "token_zero"), "*fp32")
-        | {"order": "*i32", "codes": "*i8", "eps": "fp32"},
+        | {"order": "*i32", "codes": "*i8", "tokens": "i32", "eps": "fp32"},
         constants={
             "WIDTH": width,
             "BLOCK": block,
@@ -230,6 +247,7 @@ def build(kind: str, scheme: str, width: int, residual: bool, reordered: bool) -
             "LEVELS": how.levels,
             "DYNAMIC": how.dynamic,
             "SYMMETRIC": how.symmetric,
+            "MAGIC": MAGIC,
         },
         handled=width,
         warps=warps(block),

@@ -33,8 +33,8 @@ class Build:
     """A kernel and all that a launch of it would fix.
 
     `arguments` gives the type of each run-time argument ("*fp16", "i32"), the others are in `constants`. A pass through
-    the main loop (or, without one, the program) handles `handled` weights (or cached numbers), and may take `budget` instructions for each, counting
-    those of all threads; 0 is no limit.
+    the main loop, or without one the program, handles `handled` weights (or cached numbers), and may take `budget`
+    instructions for each, counting those of all threads; 0 is no limit.
     """
 
     name: str
