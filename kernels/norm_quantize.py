@@ -36,6 +36,30 @@ def divide(x, y, inverse):
 
 
 @triton.jit
+def parameters(
+    weight,
+    bias,
+    order,
+    scale,
+    zero,
+    j,
+    there,
+    HAS_BIAS: tl.constexpr,
+    REORDERED: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+):
+    """What belongs to place j: factor, shift, channel; step, its inverse, and middle, of a static activation."""
+    factor = tl.load(weight + j, mask=there, other=0.0).to(tl.float32)
+    shift = tl.load(bias + j, mask=there, other=0.0).to(tl.float32) if HAS_BIAS else factor
+    channel = tl.load(order + j, mask=there, other=0) if REORDERED else j
+    if DYNAMIC:
+        return factor, shift, channel, factor, factor, factor
+    step = tl.load(scale + j, mask=there, other=1.0)
+    middle = tl.load(zero + j, mask=there, other=0.0)
+    return factor, shift, channel, step, tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step), middle
+
+
+@triton.jit
 def norm_quantize_kernel(
     x,
     residual,
@@ -63,20 +87,17 @@ def norm_quantize_kernel(
 ):
     """Rows program, program + programs, ... of x [tokens, WIDTH]: codes [tokens, WIDTH] int8, less LEVELS / 2.
 
-    Weight, bias, scale and zero [WIDTH] are in the order of what is stored: place j holds channel order[j]. They stay
-    in registers from row to row.
+    Weight, bias, scale and zero [WIDTH] are in the order of what is stored: place j holds channel order[j]. Those of
+    rows that are not too long stay in registers from row to row.
     """
     HALF: tl.constexpr = LEVELS // 2
+    RESIDENT: tl.constexpr = BLOCK <= 4096
     j = tl.arange(0, BLOCK)
     there = j < WIDTH
-    factor = tl.load(weight + j, mask=there, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        shift = tl.load(bias + j, mask=there, other=0.0).to(tl.float32)
-    from_channel = tl.load(order + j, mask=there, other=0) if REORDERED else j
-    if not DYNAMIC:
-        step = tl.load(scale + j, mask=there, other=1.0)
-        inverse = tl.div_rn(tl.full((BLOCK,), 1.0, tl.float32), step)
-        middle = tl.load(zero + j, mask=there, other=0.0)
+    if RESIDENT:
+        factor, shift, channel, step, inverse, middle = parameters(
+            weight, bias, order, scale, zero, j, there, HAS_BIAS, REORDERED, DYNAMIC
+        )
     for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0)):
         begin = tl.cast(token, tl.int64) * WIDTH
         row = row_of(x + begin, residual + begin, j, there, HAS_RESIDUAL)
@@ -85,8 +106,12 @@ def norm_quantize_kernel(
         mean = tl.sum(row, axis=0) / WIDTH if CENTERED else 0.0
         apart = tl.where(there, row - mean, 0.0)
         spread = tl.rsqrt(tl.sum(apart * apart, axis=0) / WIDTH + eps)
+        if not RESIDENT:
+            factor, shift, channel, step, inverse, middle = parameters(
+                weight, bias, order, scale, zero, j, there, HAS_BIAS, REORDERED, DYNAMIC
+            )
         if REORDERED:
-            apart = row_of(x + begin, residual + begin, from_channel, there, HAS_RESIDUAL) - mean
+            apart = row_of(x + begin, residual + begin, channel, there, HAS_RESIDUAL) - mean
         normed = apart * spread * factor
         if HAS_BIAS:
             normed += shift
@@ -96,22 +121,24 @@ def norm_quantize_kernel(
             highest = tl.maximum(tl.max(tl.where(there, normed, 0.0), axis=0), 0.0)
             lowest = tl.minimum(tl.min(tl.where(there, normed, 0.0), axis=0), 0.0)
             if SYMMETRIC:
-                step = tl.div_rn(tl.maximum(highest, -lowest), HALF - 1.0)
+                size = tl.div_rn(tl.maximum(highest, -lowest), HALF - 1.0)
             else:
-                step = tl.div_rn(highest - lowest, LEVELS - 1.0)
-            step = tl.where(step > 0, step, 1.0)
-            inverse = tl.div_rn(1.0, step)
-            middle = HALF * 1.0
+                size = tl.div_rn(highest - lowest, LEVELS - 1.0)
+            size = tl.where(size > 0, size, 1.0)
+            one_over = tl.div_rn(1.0, size)
+            center = HALF * 1.0
             if not SYMMETRIC:
                 # Adding and taking away 1.5 * 2^23 leaves whole numbers, ties rounded to even.
-                middle = tl.minimum((tl.div_rn(-lowest, step) + 12582912.0) - 12582912.0, LEVELS - 1.0)
-                tl.store(token_zero + token, middle - HALF)
-            tl.store(token_scale + token, step)
-        steps = divide(normed, step, inverse)
-        steps = tl.minimum(tl.maximum(steps, -middle), (LEVELS - 1) - middle)
+                center = tl.minimum((tl.div_rn(-lowest, size) + 12582912.0) - 12582912.0, LEVELS - 1.0)
+                tl.store(token_zero + token, center - HALF)
+            tl.store(token_scale + token, size)
+        else:
+            size, one_over, center = step, inverse, middle
+        steps = divide(normed, size, one_over)
+        steps = tl.minimum(tl.maximum(steps, -center), (LEVELS - 1) - center)
         # The same sum as bits: its last ones are the whole number.
         whole = (steps + 12582912.0).to(tl.int32, bitcast=True) - MAGIC
-        tl.store(codes + begin + j, (whole + (middle - HALF).to(tl.int32)).to(tl.int8), mask=there)
+        tl.store(codes + begin + j, (whole + (center - HALF).to(tl.int32)).to(tl.int8), mask=there)
 
 
 @dataclass(frozen=True, eq=False)
