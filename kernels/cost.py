@@ -1,6 +1,10 @@
 """Device and Cost: what a GPU can do, what a launch moves and computes, and the least time that takes."""
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,21 @@ A100 = Device(80, 108, 166912, 1.8e12, 280e12)
 H200 = Device(90, 132, 232448, 4.3e12, 790e12)
 B200 = Device(100, 148, 232448, 7.0e12, 1600e12)
 DEVICES = (A100, H200, B200)
+
+
+def device_of(x: Tensor) -> Device:
+    """The GPU that x is on, or the one that kernels are laid out for if it is on none."""
+    return _device(x.get_device()) if x.is_cuda else H200
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    """What is known of the nearest listed GPU, with this one's processors and shared memory."""
+    found = torch.cuda.get_device_properties(index)
+    capability = 10 * found.major + found.minor
+    listed = max((one for one in DEVICES if one.capability <= capability), key=lambda one: one.capability, default=A100)
+    shared = getattr(found, "shared_memory_per_block_optin", listed.shared)
+    return replace(listed, processors=found.multi_processor_count, shared=shared)
 
 
 @dataclass(frozen=True)

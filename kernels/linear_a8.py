@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qcompiler.kernels.cost import H200, Cost, Device
+from qcompiler.kernels.cost import H200, Cost, Device, device_of
 from qcompiler.kernels.packed_integers import MAGIC, WIDTH, PackedIntegers
 from qcompiler.kernels.packed_weight import ROWS
 from qcompiler.kernels.sass import Build
@@ -183,7 +183,7 @@ def linear_a8(
     n, k = weight.shape
     tokens = x.numel() // k
     grouped, kind = weight.run < k, activation_scheme(weight.activation)
-    chosen = config or configure(n, weight.words.shape[1], grouped, tokens)
+    chosen = config or configure(n, weight.words.shape[1], grouped, tokens, device_of(x))
     out = x.new_empty((*x.shape[:-1], n), dtype=dtype)
     partial = weight.starts
     if chosen.split > 1:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qcompiler.kernels.cost import H200, Cost, Device
+from qcompiler.kernels.cost import H200, Cost, Device, device_of
 from qcompiler.kernels.packed_weight import COLUMNS, ROWS, PackedWeight, group_of, tile_columns
 from qcompiler.kernels.planes import grid_of, take_top, unpack
 from qcompiler.kernels.sass import Build
@@ -177,7 +177,7 @@ def linear_wq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, confi
     """
     n, k = weight.shape
     tokens = x.numel() // k
-    chosen = config or configure(n, k, weight.columns, weight.scheme.bits, tokens)
+    chosen = config or configure(n, k, weight.columns, weight.scheme.bits, tokens, device_of(x))
     tiles = weight.words.shape[0]
     out = x.new_empty((*x.shape[:-1], n))
     partial = out

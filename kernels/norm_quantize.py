@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qcompiler.kernels.cost import H200, Cost, Device
+from qcompiler.kernels.cost import H200, Cost, Device, device_of
 from qcompiler.kernels.packed_integers import MAGIC
 from qcompiler.kernels.sass import Build
 from qcompiler.rounding import activation_scheme, group_size
@@ -196,7 +196,7 @@ class NormQuantize:
         scale = x.new_empty(tokens, dtype=torch.float32) if scheme.dynamic else None
         zero = torch.empty_like(scale) if scale is not None and not scheme.symmetric else None
         block = triton.next_power_of_2(width)
-        norm_quantize_kernel[min(tokens, programs(block)),](
+        norm_quantize_kernel[min(tokens, programs(block, device_of(x))),](
             x,
             x if residual is None else residual,
             self.weight,
@@ -248,7 +248,7 @@ def warps(block: int) -> int:
     return max(1, min(16, block // 256))
 
 
-def programs(block: int, device: Device = H200) -> int:
+def programs(block: int, device: Device) -> int:
     """As many as run at once: a processor holds 64 warps, of which registers leave room for half."""
     return device.processors * max(1, 32 // warps(block))
 
