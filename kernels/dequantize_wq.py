@@ -4,14 +4,17 @@ Past some hundred tokens the tensor cores are busy all the time, and whoever unp
 Decoding a weight of 4 bits writes 2 bytes and reads half a one, once for all tokens.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qcompiler.kernels.cost import Cost
-from qcompiler.kernels.packed_weight import ROWS, PackedWeight
+from qcompiler.kernels.cost import H200, Cost, Device
+from qcompiler.kernels.packed_weight import COLUMNS, ROWS, PackedWeight
 from qcompiler.kernels.planes import grid_of, take_top, unpack
+from qcompiler.kernels.sass import Build
 
 FUSED = 768  # tokens up to which linear_wq is expected to be faster; to be measured
 
@@ -99,3 +102,23 @@ def cost(weight: PackedWeight, tokens: int) -> Cost:
     """What `linear_decoded` reads, writes and computes: the decoded weight is written and read once."""
     n, k = weight.shape
     return Cost(weight.nbytes + 2 * 2 * n * k + 2 * tokens * (n + k), 2 * tokens * n * k)
+
+
+def builds(device: Device = H200) -> Iterator[Build]:
+    """The configurations that ship, for layers of a model of 8 billion parameters."""
+    for width, columns in COLUMNS.items():
+        yield Build(
+            name=f"dequantize_wq int{width}:g128:asym fp16 14336x4096",
+            kernel=dequantize_wq_kernel,
+            arguments={"words": "*i16", "scales": "*i32", "zeros": "*i32", "row_scale": "*fp32", "out": "*fp16"},
+            constants={
+                "N": 14336,
+                "K": 4096,
+                "GROUP": 128,
+                "BITS": width,
+                "SYMMETRIC": False,
+                "BN": ROWS,
+                "BK": columns,
+            },
+            handled=ROWS * columns,
+        )

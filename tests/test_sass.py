@@ -35,6 +35,14 @@ def test_every_width_keeps_its_budget_on_hopper(bits: int) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+@pytest.mark.parametrize(
+    "name", ["linear_w4a8 run=128 int8:token:dynamic 14336x4096 M=16", "attention_kvq int4*group=8"]
+)
+def test_integers_and_attention_keep_theirs(name: str) -> None:
+    found = compiled(name, 90)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 def test_faults_are_named() -> None:
     build = Build("some", None, {}, {}, handled=128, budget=2.0)
     spoilt = Reading(255, 8, 10**6, 300, 2.5, 0, 3)
