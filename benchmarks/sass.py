@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that are not there, and count what their machine code says.
 
-    make kernels-check                          # all of them, into results/sass.json; fails where one got worse
+    make kernels-check                          # all of them, into results/sass.json and docs/kernels.md
     python benchmarks/sass.py --only 'int4*M=1' --targets 90 --keep    # some, and nothing written
 
 A kernel fails if it spills registers, converts integers in its main loop, leaves the tensor cores idle, or takes more
@@ -22,6 +22,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.6 to 3.9 do without being told
 
+import kernels_page
 import triton
 
 from qcompiler.kernels import attention_kvq, dequantize_wq, kv_append, linear_a8, linear_wq, norm_quantize
@@ -79,6 +80,7 @@ def main() -> int:
         merged = kept | {name: kept.get(name, {}) | found for name, found in readings.items()}
         whole = {"triton": triton.__version__, "kernels": merged}
         RESULTS.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        kernels_page.PAGE.write_text(kernels_page.page(whole), encoding="utf-8")
     return 1 if wrong or not readings else 0
 
 

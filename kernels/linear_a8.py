@@ -24,15 +24,15 @@ from qcompiler.kernels.sass import Build
 from qcompiler.rounding import activation_scheme
 from qcompiler.target import Kernel, bits, channel_or_group, integer_codes, k_at_most, matrix, without
 
-ACCEPTS = (
+SUITABLE = (
     integer_codes()
-    & bits(4, 8)
     & channel_or_group(32, 64, 128)
     & matrix()
     & k_at_most(65536)
     & without("zero", "minimum", "codebook", "boundaries", "permutation")
 )
-KERNELS = (Kernel("linear_w4a8", "integer_linear", bits(4) & ACCEPTS), Kernel("linear_w8a8", "integer_linear", ACCEPTS))
+W4A8 = Kernel("linear_w4a8", "integer_linear", bits(4) & SUITABLE)
+W8A8 = Kernel("linear_w8a8", "integer_linear", bits(8) & SUITABLE)
 
 HIGH = tl.constexpr("and.b32 $0, $1, 0xf0f0f0f0;")
 LOW = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xf0f0f0f0; }")

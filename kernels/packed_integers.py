@@ -41,7 +41,7 @@ class PackedIntegers:
 
     @classmethod
     def pack(cls, weight: QTensor, activation: str, grid: Sequence[Tensor] = ()) -> "PackedIntegers":
-        """Pack a weight that `linear_a8.ACCEPTS` takes; `grid` is a static activation's, as in qc.integer_linear."""
+        """Pack a weight that `linear_a8.SUITABLE` takes; `grid` is a static activation's, as in qc.integer_linear."""
         n, k = weight.shape
         assert isinstance(weight.scale, Tensor)
         kind, bits = activation_scheme(activation), weight.scheme.bits

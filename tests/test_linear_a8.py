@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from qcompiler.errors import No
-from qcompiler.kernels.linear_a8 import ACCEPTS, Config, configure, cost, linear_a8
+from qcompiler.kernels.linear_a8 import W4A8, W8A8, Config, configure, cost, linear_a8
 from qcompiler.kernels.packed_integers import PackedIntegers, runs_suit
 from qcompiler.ops import qc
 from qcompiler.rounding import activation_scheme, codes_of, group_size
@@ -104,9 +104,10 @@ def test_the_largest_sums_are_exact() -> None:
 
 
 def test_what_is_accepted() -> None:
-    assert ACCEPTS(weight_of("int4:g64", 8, 128))
-    assert ACCEPTS(weight_of("int3:g64", 8, 128)) == No("3 bits, not one of [4, 8]")
-    assert ACCEPTS(weight_of("int4:g64:asym", 8, 128)) == No("has a zero")
+    assert W4A8.accepts(weight_of("int4:g64", 8, 128))
+    assert W8A8.accepts(weight_of("int8:channel", 8, 100))
+    assert W8A8.accepts(weight_of("int4:g64", 8, 128)) == No("4 bits, not one of [8]")
+    assert W4A8.accepts(weight_of("int4:g64:asym", 8, 128)) == No("has a zero")
     assert runs_suit(weight_of("int8:channel", 8, 128), "int8:channel") == No(
         "a weight int8:channel:sym and an activation int8:channel share scales over 1 columns"
     )

@@ -1,5 +1,7 @@
 """Kernels compile for GPUs that are not there, and their machine code keeps to its budget."""
 
+import importlib
+import json
 import os
 import subprocess
 import sys
@@ -41,6 +43,13 @@ def test_every_width_keeps_its_budget_on_hopper(bits: int) -> None:
 def test_integers_and_attention_keep_theirs(name: str) -> None:
     found = compiled(name, 90)
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_the_page_says_what_the_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    page = importlib.import_module("kernels_page")
+    found = json.loads((ROOT / "benchmarks" / "results" / "sass.json").read_text(encoding="utf-8"))
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(found), "make kernels-check writes docs/kernels.md"
 
 
 def test_faults_are_named() -> None:
