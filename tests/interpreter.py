@@ -5,7 +5,7 @@ Triton is imported at all: conftest.py does that for every test process. Kernels
 in a process of their own.
 
 What is put right, for Triton 3.6 to 3.9: bfloat16 is kept as its bits, and arithmetic on it works on those bits as if
-they were integers; conversions to bfloat16 cut off instead of rounding; an FMA on 16 bits may round twice; inline
+they were integers; conversions to bfloat16 cut off instead of rounding; an FMA may round twice; inline
 assembly is refused; the bounds of a range must be zero-dimensional for new versions of NumPy. Inline assembly is
 looked up in `ASSEMBLY`: the text, and what it does to each element.
 """
@@ -65,13 +65,13 @@ def in_float32(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandl
 
 
 def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """x * y + z in float64, where the product of two narrow numbers is exact."""
+    """x * y + z in float64, where the product of two narrower numbers is exact."""
     return x.astype(np.float64) * y.astype(np.float64) + z.astype(np.float64)
 
 
 def exact_fma(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     def wrapped(self: Any, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
-        if z.dtype.scalar not in (tl.float16, tl.bfloat16):
+        if z.dtype.scalar not in (tl.float16, tl.bfloat16, tl.float32):
             return original(self, x, y, z)
         return convert(TensorHandle(fma(widen(x).data, widen(y).data, widen(z).data), tl.float64), z.dtype)
 
