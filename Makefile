@@ -10,7 +10,7 @@ ARGS    ?=
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test lint types bench bench-quality architectures decoder bless clean
+.PHONY: help dev demo test lint types bench bench-quality kernels-check architectures decoder bless clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ bench: dev  ## measure, and write the numbers to benchmarks/
 bench-quality: dev  ## perplexity by method and configuration, into docs/quality.md: ARGS='--text FILE'
 	$(PY) benchmarks/methods.py $(ARGS)
 	$(PY) benchmarks/rptq.py $(ARGS)
+
+kernels-check: dev  ## compile every kernel without a GPU; registers, spills and instructions into benchmarks/results
+	$(PY) benchmarks/sass.py $(ARGS)
 
 architectures: dev  ## capture every architecture transformers knows, and write the table
 	$(PY) benchmarks/architectures.py $(ARGS)

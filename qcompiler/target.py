@@ -60,6 +60,38 @@ def group(*allowed: int) -> Accept:
     return Accept(f"group({', '.join(map(str, allowed))})", check)
 
 
+def channel_or_group(*allowed: int) -> Accept:
+    """Each row has one scale, or the group size is one of `allowed`."""
+
+    def check(weight: QTensor) -> Answer:
+        size = weight.scheme.group_of(weight.columns)
+        return size == weight.columns or size in allowed or No(f"groups of {size}, not one of {list(allowed)}")
+
+    return Accept(f"channel_or_group({', '.join(map(str, allowed))})", check)
+
+
+def integer_codes() -> Accept:
+    """The codes are integers, and the scales plain floats."""
+
+    def check(weight: QTensor) -> Answer:
+        if weight.scheme.code != "int":
+            return No(f"{weight.scheme.code} codes, not integers")
+        return isinstance(weight.scale, Tensor) or No("the scales are quantized themselves")
+
+    return Accept("integer_codes()", check)
+
+
+def matrix() -> Accept:
+    """The weight has two axes, and its groups run along the second."""
+
+    def check(weight: QTensor) -> Answer:
+        if len(weight.shape) != 2:
+            return No(f"{len(weight.shape)} axes, not 2")
+        return weight.axis in (-1, 1) or No("groups along the first axis")
+
+    return Accept("matrix()", check)
+
+
 def k_multiple_of(unit: int) -> Accept:
     """The group axis is a multiple of `unit`."""
 
@@ -67,6 +99,15 @@ def k_multiple_of(unit: int) -> Accept:
         return weight.columns % unit == 0 or No(f"k={weight.columns} is not a multiple of {unit}")
 
     return Accept(f"k_multiple_of({unit})", check)
+
+
+def k_at_most(most: int) -> Accept:
+    """The group axis is no longer than `most`."""
+
+    def check(weight: QTensor) -> Answer:
+        return weight.columns <= most or No(f"k={weight.columns} is more than {most}")
+
+    return Accept(f"k_at_most({most})", check)
 
 
 def without(*parts: str) -> Accept:

@@ -14,6 +14,7 @@ GOLDEN = Path(__file__).parent / "golden"
 BLESS = os.environ.get("QCOMPILER_BLESS") == "1"
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
+os.environ["TRITON_INTERPRET"] = "1"  # likewise before triton: kernels run without a GPU, see interpreter.py
 
 
 def pytest_configure(config: pytest.Config) -> None:

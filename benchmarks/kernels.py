@@ -1,0 +1,258 @@
+"""Every kernel on the GPU at hand: time, share of its memory's speed and of its tensor cores', beside PyTorch's.
+
+    python benchmarks/kernels.py            # one table, and results/kernels.json; some minutes
+    python benchmarks/kernels.py --sweep    # also tries other configurations of linear_wq, and says which were best
+
+First each kernel's result is compared with its meaning on this very GPU. Times are those of CUDA graphs over so many
+copies of a weight that none is in the cache when its turn comes; data are random. What a copy and a large bf16 product
+reach here is measured in the same run, and every share is a share of that.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from qcompiler.kernels.cost import Cost
+from qcompiler.kernels.dequantize_wq import linear_decoded
+from qcompiler.kernels.linear_a8 import cost as cost_a8
+from qcompiler.kernels.linear_a8 import linear_a8
+from qcompiler.kernels.linear_wq import Config, configure, linear_wq
+from qcompiler.kernels.linear_wq import cost as cost_wq
+from qcompiler.kernels.norm_quantize import NormQuantize
+from qcompiler.kernels.packed_integers import PackedIntegers
+from qcompiler.kernels.packed_weight import PackedWeight
+from qcompiler.ops import qc
+from qcompiler.rounding import activation_scheme, codes_of
+from qcompiler.scheme import QTensor, Scheme
+
+RESULTS = Path(__file__).parent / "results" / "kernels.json"
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))
+COLD = 300_000_000  # bytes that no cache holds
+Launch = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: what, for how many tokens, in how many seconds, and what it should have moved and computed."""
+
+    name: str
+    shape: tuple[int, int]
+    tokens: int
+    seconds: float
+    cost: Cost
+    beside: float = 0.0  # PyTorch's seconds for the same in bf16
+
+
+def seconds(launches: Sequence[Launch], rounds: int = 7) -> float:
+    """The median time of one launch: all are captured in one CUDA graph, which is replayed."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for launch in launches[:2]:
+            launch()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for launch in launches:
+            launch()
+    found = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) / 1e3 / len(launches))
+    return float(statistics.median(found[1:]))
+
+
+def copies_of(nbytes: int) -> int:
+    """How many copies of so many bytes are more than any cache holds; at least a few, so that a graph has some work."""
+    return max(4, -(-COLD // nbytes))
+
+
+def random_weight(scheme: str, n: int, k: int) -> QTensor:
+    """Random codes, scales and zero points, made on the GPU."""
+    kind = Scheme.parse(scheme)
+    codes = torch.randint(256, (n, -(-k * kind.bits // 8)), dtype=torch.uint8, device="cuda")
+    scale = torch.rand(n, kind.groups(k), device="cuda").mul(0.01).add(0.001).half()
+    zero = None
+    if not kind.symmetric:
+        zero = torch.randint(kind.levels, scale.shape, dtype=torch.uint8, device="cuda")
+    return QTensor(kind, (n, k), codes, scale, zero)
+
+
+def check() -> None:
+    """Every kernel gives what its meaning gives, on this GPU: fp16 and bf16, every width, split sums."""
+    for width, dtype in itertools.product((2, 3, 4, 8), (torch.float16, torch.bfloat16)):
+        weight = random_weight(f"int{width}:g128:asym", 1000, 4096)
+        packed = PackedWeight.pack(weight, dtype)
+        for tokens in (1, 16, 17, 64, 100):
+            x = torch.randn(tokens, 4096, device="cuda", dtype=dtype)
+            exact = x.double() @ weight.dequantize().double().T
+            for name, found in (("fused", linear_wq(x, packed)), ("decoded", linear_decoded(x, packed))):
+                error = ((found - exact).norm() / exact.norm()).item()
+                assert error < 4 * torch.finfo(dtype).eps, f"W{width} {dtype} M={tokens} {name}: error {error:.2e}"
+        again = [linear_wq(x, packed) for _ in range(3)]
+        assert all(torch.equal(again[0], other) for other in again), "not the same bits every time"
+    for scheme, activation in (("int4:g128", "int8:token:asym:dynamic"), ("int8:channel", "int8:token:dynamic")):
+        weight = random_weight(scheme, 1000, 4096)
+        x = torch.randn(33, 4096, device="cuda")
+        codes, scale, zero = codes_of(x, [], activation_scheme(activation))
+        token = [scale.flatten(), (zero - 128).flatten()][: 2 if "asym" in activation else 1]
+        found = linear_a8((codes - 128).flatten(-2).to(torch.int8), PackedIntegers.pack(weight, activation), token)
+        parts = list(weight.parts().values())
+        meaning = qc.integer_linear(x, parts, [], spec=weight.spec(), scheme=activation).half()
+        assert torch.equal(found, meaning), f"{scheme} {activation}: not to the last bit"
+    print("every kernel gives what its meaning gives")
+
+
+def roofs() -> tuple[float, float]:
+    """Bytes a second that a copy moves, and operations a second of a bf16 product, both large."""
+    source, target = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    copied = 2 * source.numel() / seconds([lambda: target.copy_(source)] * 4)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return copied, 2 * 8192**3 / seconds([lambda: a @ b] * 4)
+
+
+def dense(shape: tuple[int, int], tokens: int) -> float:
+    """PyTorch's seconds for the product in bf16."""
+    n, k = shape
+    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies_of(2 * n * k))]
+    x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
+    return seconds([partial(torch.nn.functional.linear, x, w) for w in weights])
+
+
+def copies(packed: Any) -> list[Any]:
+    """So many copies of a packed weight that each is read from memory."""
+    return [
+        replace(packed, words=packed.words.clone(), arrived=packed.arrived.clone())
+        for _ in range(copies_of(packed.nbytes))
+    ]
+
+
+def weight_only(shape: tuple[int, int], base: dict[int, float], sweep: bool) -> Iterator[Row]:
+    """linear_wq, and the decoded product for many tokens."""
+    n, k = shape
+    for width in (4, 3, 2, 8):
+        packed = PackedWeight.pack(random_weight(f"int{width}:g128:asym", n, k))
+        stock = copies(packed)
+        for tokens in base:
+            if width != 4 and tokens > 16:
+                continue
+            x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
+            took = seconds([partial(linear_wq, x, w) for w in stock])
+            yield Row(f"W{width}A16", shape, tokens, took, cost_wq(packed, tokens), base[tokens])
+            if tokens >= 256:
+                took = seconds([partial(linear_decoded, x, w) for w in stock])
+                yield Row(f"W{width}A16 decoded", shape, tokens, took, cost_wq(packed, tokens), base[tokens])
+            if sweep and tokens <= 64:
+                print(f"  W{width} {n}x{k} M={tokens}: best {best(packed, stock, x)}, by rule {rule(packed, tokens)}")
+
+
+def rule(packed: PackedWeight, tokens: int) -> Config:
+    """What `configure` chooses."""
+    n, k = packed.shape
+    return configure(n, k, packed.columns, packed.scheme.bits, tokens)
+
+
+def best(packed: PackedWeight, stock: list[PackedWeight], x: Tensor) -> tuple[float, Config]:
+    """The fastest of some configurations, in microseconds."""
+    tried = []
+    given = rule(packed, x.shape[0])
+    for split, stages, warps in itertools.product((1, 2, 3, 4, 6, 8), (2, 3, 4, 5), (4, 8)):
+        config = Config(given.tokens, split, warps, stages)
+        try:
+            took = seconds([partial(linear_wq, x, w, config=config) for w in stock], rounds=3)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        tried.append((round(took * 1e6, 1), config))
+    return min(tried, key=lambda pair: pair[0])
+
+
+def integers(shape: tuple[int, int], base: dict[int, float]) -> Iterator[Row]:
+    """linear_a8 with a scale for each token."""
+    n, k = shape
+    for name, scheme, wanted in (("W4A8", "int4:g128", (1, 16, 128)), ("W8A8", "int8:channel", (16, 512, 2048))):
+        packed = PackedIntegers.pack(random_weight(scheme, n, k), "int8:token:dynamic")
+        stock = copies(packed)
+        for tokens in wanted:
+            x = torch.randint(-127, 128, (tokens, k), dtype=torch.int8, device="cuda")
+            token = [torch.rand(tokens, device="cuda")]
+            took = seconds([partial(linear_a8, x, w, token) for w in stock])
+            yield Row(name, shape, tokens, took, cost_a8(packed, tokens), base.get(tokens, 0.0))
+
+
+def norms() -> Iterator[Row]:
+    """norm_quantize: RPTQ's on OPT, and the one before a dynamic product."""
+    for width, tokens in itertools.product((4096, 8192), (16, 2048, 16384)):
+        weight = torch.ones(width, device="cuda", dtype=torch.bfloat16)
+        order = torch.randperm(width, device="cuda")
+        grid = tuple(torch.full((width // 128,), value, device="cuda") for value in (0.05, 100.0))
+        cases = (
+            ("layer norm, reordered", "layer", "int8:g128:asym", order, grid, False),
+            ("rms norm + residual", "rms", "int8:token:dynamic", None, (), True),
+        )
+        for name, kind, scheme, perm, given, adds in cases:
+            norm = NormQuantize.pack(weight, weight, perm, given, kind=kind, eps=1e-5, scheme=scheme)
+            rows = [
+                torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+                for _ in range(min(64, copies_of(2 * tokens * width)))
+            ]
+            took = seconds([partial(norm, x, x if adds else None) for x in rows])
+            yield Row(name, (tokens, width), tokens, took, norm.cost(tokens, adds))
+
+
+def measured(options: argparse.Namespace) -> Iterator[Row]:
+    """All rows, as they come."""
+    for shape in SHAPES[: options.shapes]:
+        base = {tokens: dense(shape, tokens) for tokens in (1, 8, 16, 32, 64, 128, 256, 512, 2048)}
+        yield from weight_only(shape, base, options.sweep)
+        yield from integers(shape, base)
+    yield from norms()
+
+
+def main() -> None:
+    """Check, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
+    parser.add_argument("--sweep", action="store_true", help="try other configurations too")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no GPU here: nothing is measured. What needs none: make kernels-check")
+    check()
+    bandwidth, rate = roofs()
+    print(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e12:.2f} TB/s, bf16 {rate / 1e12:.0f} TFLOP/s")
+    found = []
+    for row in measured(options):
+        moved, done = row.cost.moved / row.seconds, row.cost.operations / row.seconds
+        figures = {
+            "microseconds": round(row.seconds * 1e6, 1),
+            "of_bandwidth": round(moved / bandwidth, 3),
+            "of_rate": round(done / rate, 3),
+            "times_bf16": round(row.beside / row.seconds, 2) if row.beside else None,
+        }
+        found.append(asdict(row) | figures)
+        print(f"{row.name:24} {row.shape!s:16} M={row.tokens:<6} {figures}", flush=True)
+    whole = {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "copy_bytes_per_second": bandwidth,
+        "bf16_operations_per_second": rate,
+        "rows": found,
+    }
+    RESULTS.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

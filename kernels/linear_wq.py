@@ -1,0 +1,265 @@
+"""linear_wq: a float activation times a weight of 2, 3, 4 or 8 bits, for one to some hundred tokens.
+
+A decoding step reads every weight once and does little with it, so the time is that of reading memory, if unpacking
+keeps up: an H200 may spend about 4 instructions on a 4-bit weight. Here it is two to two and a half, of which an AND
+and an FMA unpack (planes.py). What else keeps it low:
+
+- The weight is the left operand of the product, [n, k] x [k, tokens]: Hopper's tensor cores take that one from
+  registers, where unpacking leaves it, and the tokens need not be padded to 64.
+- A tile of words is contiguous in memory; scales come two, zero points four to an int32, so that they too can be
+  copied ahead by cp.async, which takes no less than 4 bytes.
+- The group's scale is in the FMA that unpacks. The sum stays in the tensor cores; no group ends it.
+
+Where the tiles of n are fewer than the machine's processors, k is split, and the program that comes last adds up the
+parts in order: no float is added atomically, so the same input gives the same bits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qcompiler.kernels.cost import H200, Cost, Device, device_of
+from qcompiler.kernels.packed_weight import COLUMNS, ROWS, PackedWeight, group_of, tile_columns
+from qcompiler.kernels.planes import grid_of, take_top, unpack
+from qcompiler.kernels.sass import Build
+from qcompiler.scheme import Scheme
+from qcompiler.target import Kernel, bits, channel_or_group, integer_codes, matrix, without
+
+ACCEPTS = (
+    integer_codes()
+    & bits(2, 3, 4, 8)
+    & channel_or_group(32, 64, 128, 256)
+    & matrix()
+    & without("minimum", "codebook", "boundaries")
+)
+KERNEL = Kernel("linear_wq", "linear", ACCEPTS)
+
+
+@triton.jit
+def linear_wq_kernel(
+    x,
+    words,
+    scales,
+    zeros,
+    row_scale,
+    bias,
+    partial,
+    arrived,
+    out,
+    tokens,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """x [tokens, K] times the packed weight [N, K] transposed, plus bias [N], into out [tokens, N].
+
+    Program (i, j, l) takes rows i * BN and on, the j-th part of K, tokens l * BM and on. `partial` is float32
+    [SPLIT, tokens of all programs, N filled up].
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    WORDS: tl.constexpr = 3 if BITS == 3 else 1
+    FIELDS: tl.constexpr = 16 // BITS
+    WIDTH: tl.constexpr = BK // (16 if BITS == 3 else FIELDS)
+    STEPS: tl.constexpr = (K + BK - 1) // BK
+    EACH: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    RAGGED: tl.constexpr = STEPS * BK > K or EACH * SPLIT > STEPS
+    FULL: tl.constexpr = (N + BN - 1) // BN * BN
+    tl.static_assert(GROUP % WIDTH == 0 and (BK % GROUP == 0 or GROUP % BK == 0))
+
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    first = split * EACH
+    n = tile * BN + tl.arange(0, BN)
+    m = tl.program_id(2) * BM + tl.arange(0, BM)
+    i = tl.arange(0, WIDTH)
+    words_at = words + tile * (STEPS * WORDS * BN * WIDTH) + tl.arange(0, BN)[:, None] * WIDTH + i[None, :]
+    x_at = x + m[None, :] * K + first * BK + i[:, None]
+    there = m[None, :] < tokens
+    acc = tl.zeros((BN, BM), tl.float32)
+
+    # Every part takes as many steps, also those beyond the end, where x is zero: with a number of steps that is not
+    # known in advance, ptxas lets no two products of Hopper's tensor cores overlap.
+    for step in tl.range(first, first + EACH):
+        mask = there
+        here = tl.minimum(step, STEPS - 1) if RAGGED else step
+        spare = tl.zeros((BN, WIDTH), tl.int16)
+        for start in tl.static_range(0, BK, WIDTH):  # where the columns of a plane start
+            if BITS == 3 and start == 15 * WIDTH:
+                raw = spare
+            elif start % (FIELDS * WIDTH) == 0:
+                raw = tl.load(words_at + (here * WORDS + start // (FIELDS * WIDTH)) * BN * WIDTH)
+                if BITS == 3:
+                    spare = take_top(spare, raw)
+            if start % GROUP == 0:
+                if start % (2 * GROUP) == 0:
+                    pair = tl.load(scales + (here * BK + start) // (2 * GROUP) * FULL + n)
+                if start % (4 * GROUP) == 0:
+                    four = pair if SYMMETRIC else tl.load(zeros + (here * BK + start) // (4 * GROUP) * FULL + n)
+                multiplier, addend = grid_of(pair, four, (here * BK + start) // GROUP, BITS, SYMMETRIC, DTYPE)
+            if RAGGED:
+                mask = there & (step * BK + start + i[:, None] < K)
+            columns = tl.load(x_at + start, mask=mask, other=0.0)
+            acc = tl.dot(unpack(raw, multiplier, addend, start // WIDTH % FIELDS, BITS, SYMMETRIC), columns, acc)
+        x_at += BK
+
+    if SPLIT > 1:
+        # Each part is written; who comes last finds all of them and adds them up in order.
+        SUM: tl.constexpr = BM * FULL
+        part_at = partial + m[None, :] * FULL + n[:, None]
+        tl.store(part_at + split * SUM, acc)
+        tl.debug_barrier()  # every thread's part is written before one of them says so
+        before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
+        if before < SPLIT - 1:
+            return
+        tl.store(arrived + tile, 0)  # ready for the next launch
+        acc = tl.zeros((BN, BM), tl.float32)
+        for part in tl.static_range(SPLIT):
+            acc += tl.load(part_at + part * SUM, cache_modifier=".cg")
+    acc = acc * tl.load(row_scale + n)[:, None]
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0)[:, None].to(tl.float32)
+    tl.store(out + m[None, :] * N + n[:, None], acc.to(DTYPE), mask=there & (n[:, None] < N))
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a launch is cut up: tokens of a program, parts of k, warps, stages of the pipeline."""
+
+    tokens: int
+    split: int
+    warps: int = 4
+    stages: int = 4
+
+
+def configure(n: int, k: int, columns: int, bits: int, tokens: int, device: Device = H200) -> Config:
+    """The configuration for a weight [n, k] in tiles of `columns`, and `tokens` tokens: by rule, nothing is tried out.
+
+    Two programs to a processor hide each other's waiting, and so share its memory; a part of k of less than four steps
+    never fills the pipeline.
+    """
+    block = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
+    words = ROWS * columns * bits // 8
+    if 2 * (words + 2 * block * columns) > device.shared - 8192:  # of which scales and zero points get less
+        block = 64
+    stages = device.shared // 2 // (words + 2 * block * columns)
+    stages = max(2, min(stages, 3 if words >= 16384 else 4))
+    wanted = -(-2 * device.processors // -(-n // ROWS))
+    steps = -(-k // columns)
+    split = max(1, min(wanted, steps // 4, 16)) if tokens <= block else 1
+    split = -(-steps // -(-steps // split))  # with as many steps each, the last parts may have none
+    crowded = block == 128 or (block == 64 and bits == 2 and device.capability < 90)  # for the registers of 4 warps
+    return Config(block, split, warps=8 if crowded else 4, stages=stages)
+
+
+def constants(shape: tuple[int, int], group: int, columns: int, config: Config) -> dict[str, int]:
+    """What a launch fixes beside the weight's own kind."""
+    n, k = shape
+    return {"N": n, "K": k, "GROUP": group, "BM": config.tokens, "BN": ROWS, "BK": columns, "SPLIT": config.split}
+
+
+def linear_wq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
+    """x [..., k], contiguous, in the weight's dtype, times the weight [n, k] transposed, plus bias [n]: [..., n].
+
+    For more tokens than dequantize_wq.FUSED, `linear_decoded` gives the same.
+
+    With a permuted weight (act-order) x holds its channels in the stored order: the op before stores them so.
+    """
+    n, k = weight.shape
+    tokens = x.numel() // k
+    chosen = config or configure(n, k, weight.columns, weight.scheme.bits, tokens, device_of(x))
+    tiles = weight.words.shape[0]
+    out = x.new_empty((*x.shape[:-1], n))
+    partial = out
+    if chosen.split > 1:
+        partial = x.new_empty((chosen.split, chosen.tokens, tiles * ROWS), dtype=torch.float32)
+    linear_wq_kernel[tiles, chosen.split, triton.cdiv(tokens, chosen.tokens)](
+        x,
+        weight.words,
+        weight.scales,
+        weight.scales if weight.zeros is None else weight.zeros,
+        weight.row_scale,
+        out if bias is None else bias,
+        partial,
+        weight.arrived,
+        out,
+        tokens,
+        BITS=weight.scheme.bits,
+        SYMMETRIC=weight.zeros is None,
+        HAS_BIAS=bias is not None,
+        **constants(weight.shape, weight.group, weight.columns, chosen),
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )
+    return out
+
+
+def cost(weight: PackedWeight, tokens: int, device: Device = H200) -> Cost:
+    """What a launch reads, writes and computes."""
+    n, k = weight.shape
+    config = configure(n, k, weight.columns, weight.scheme.bits, tokens, device)
+    moved = weight.nbytes + 2 * tokens * (n + k)
+    if config.split > 1:
+        moved += 2 * 4 * config.split * tokens * n
+    return Cost(moved, 2 * tokens * n * k)
+
+
+ARGUMENTS = {
+    "words": "*i16",
+    "scales": "*i32",
+    "zeros": "*i32",
+    "row_scale": "*fp32",
+    "partial": "*fp32",
+    "arrived": "*i32",
+    "tokens": "i32",
+}
+BUDGET = {2: 1.9, 3: 2.9, 4: 2.6, 8: 5.5}  # instructions for a weight: 16 tokens, groups of 128, steps of full length
+ASYMMETRIC = {2: 0.05}  # more, for the zero points: their four bytes a step are few, but two bits leave time for less
+
+
+def build(text: str, n: int, k: int, tokens: int, dtype: str = "fp16", device: Device = H200) -> Build:
+    """What is compiled for a weight [n, k] of a scheme such as "int4:g128:asym" and `tokens` tokens."""
+    scheme = Scheme.parse(text)
+    columns = tile_columns(scheme, n, k)
+    config = configure(n, k, columns, scheme.bits, tokens, device)
+    held = tokens <= 16 and scheme.group_of(k) >= 128 and columns == COLUMNS[scheme.bits]
+    budget = BUDGET[scheme.bits] + (0.0 if scheme.symmetric else ASYMMETRIC.get(scheme.bits, 0.0))
+    return Build(
+        name=f"linear_wq {text} {dtype} {n}x{k} M={tokens}",
+        kernel=linear_wq_kernel,
+        arguments=ARGUMENTS | dict.fromkeys(("x", "bias", "out"), f"*{dtype}"),
+        constants={
+            "BITS": scheme.bits,
+            "SYMMETRIC": scheme.symmetric,
+            "HAS_BIAS": True,
+            **constants((n, k), group_of(scheme, k, columns), columns, config),
+        },
+        handled=ROWS * columns,
+        budget=budget if held else 0.0,
+        warps=config.warps,
+        stages=config.stages,
+    )
+
+
+def builds(device: Device = H200) -> Iterator[Build]:
+    """The configurations that ship, for layers of a model of 8 billion parameters."""
+    large, small = (14336, 4096), (4096, 4096)
+    for width in COLUMNS:
+        for tokens in (1, 16):
+            yield build(f"int{width}:g128:sym", *large, tokens, device=device)
+        for tokens in (1, 16, 32, 64, 128):
+            yield build(f"int{width}:g128:asym", *large, tokens, device=device)
+        yield build(f"int{width}:g128:asym", *large, 16, "bf16", device)
+        yield build(f"int{width}:g128:asym", *small, 16, device=device)
+        yield build(f"int{width}:g32:asym", *large, 16, device=device)
+        yield build(f"int{width}:channel:sym", *large, 16, device=device)

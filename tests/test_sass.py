@@ -1,0 +1,65 @@
+"""Kernels compile for GPUs that are not there, and their machine code keeps to its budget."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from qcompiler.kernels.cost import H200
+from qcompiler.kernels.sass import Build, Reading
+
+ROOT = Path(__file__).parent.parent
+
+
+def compiled(only: str, *targets: int) -> subprocess.CompletedProcess[str]:
+    """What benchmarks/sass.py says of some kernels, in a process where Triton compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "benchmarks/sass.py", "--keep", "--only", only, "--targets", *map(str, targets)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_a_representative_set_keeps_its_budget(target: int) -> None:
+    found = compiled("linear_wq int4:g128:asym fp16 14336x4096 M=16", target)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "nothing wrong" in found.stdout
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_every_width_keeps_its_budget_on_hopper(bits: int) -> None:
+    found = compiled(f"linear_wq int{bits}:g128:sym fp16 14336x4096 M=16", 90)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["linear_w4a8 run=128 int8:token:dynamic 14336x4096 M=16", "attention_kvq int4*group=8"]
+)
+def test_integers_and_attention_keep_theirs(name: str) -> None:
+    found = compiled(name, 90)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_the_page_says_what_the_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    page = importlib.import_module("kernels_page")
+    found = json.loads((ROOT / "benchmarks" / "results" / "sass.json").read_text(encoding="utf-8"))
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(found), "make kernels-check writes docs/kernels.md"
+
+
+def test_faults_are_named() -> None:
+    build = Build("some", None, {}, {}, handled=128, budget=2.0)
+    spoilt = Reading(255, 8, 10**6, 300, 2.5, 0, 3)
+    assert spoilt.faults(build, H200) == [
+        "8 bytes of registers spilled",
+        "1000000 bytes of shared memory, of 232448",
+        "2.5 instructions per weight, more than 2.0",
+        "no tensor core instruction in the loop",
+        "3 conversions from integers in the loop",
+    ]
+    assert not Reading(90, 0, 40000, 250, 1.9, 16, 0).faults(build, H200)
