@@ -106,11 +106,8 @@ def linear_wq_kernel(
                 if start % (2 * GROUP) == 0:
                     pair = tl.load(scales + (here * BK + start) // (2 * GROUP) * FULL + n)
                 if start % (PER_WORD * GROUP) == 0:
-                    more = (
-                        pair
-                        if GRID == MIDDLE
-                        else tl.load(zeros + (here * BK + start) // (PER_WORD * GROUP) * FULL + n)
-                    )
+                    place = (here * BK + start) // (PER_WORD * GROUP) * FULL
+                    more = pair if GRID == MIDDLE else tl.load(zeros + place + n)
                 multiplier, addend = grid_of(pair, more, (here * BK + start) // GROUP, BITS, GRID, DTYPE)
             if RAGGED:
                 mask = there & (step * BK + start + i[:, None] < K)
