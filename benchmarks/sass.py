@@ -72,7 +72,8 @@ def main() -> int:
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities; 90 is 9.0")
     parser.add_argument("--keep", action="store_true", help="write nothing")
     options = parser.parse_args()
-    saved = json.loads(RESULTS.read_text(encoding="utf-8"))["kernels"] if RESULTS.is_file() else {}
+    whole = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    saved = whole.get("kernels", {}) if whole.get("triton") == triton.__version__ else {}  # another compiles otherwise
     readings, wrong = read(options, saved)
     print("\n".join(wrong) or f"{len(readings)} kernels: nothing wrong")
     if not options.keep and not wrong:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qcompiler.kernels.cost import H200, Cost, Device, device_of
 from qcompiler.kernels.kv_append import QuantizedCache
-from qcompiler.kernels.planes import unpack
+from qcompiler.kernels.planes import MIDDLE, unpack
 from qcompiler.kernels.sass import Build
 
 STEP = 128  # tokens of a pass through the loop
@@ -98,7 +98,7 @@ def attention_kvq_kernel(
         score = tl.zeros((ROWS, STEP), tl.float32)
         for plane in tl.static_range(PLANES):
             rows = tl.load(q_at + plane * WIDTH, mask=there, other=0.0)
-            score = tl.dot(rows, unpack(words, one, none, plane, BITS, True), score)
+            score = tl.dot(rows, unpack(words, one, none, plane, BITS, MIDDLE), score)
         size, zero = grid_pair(tl.load(key_grids + token, mask=seen, other=0))
         score = (score * 512.0 - q_sum[:, None] * zero[None, :]) * (size * scale)[None, :]
         score = tl.where(seen[None, :], score, -1e30)
@@ -113,11 +113,11 @@ def attention_kvq_kernel(
         weight = weight * (size * LIFTED)[None, :]
         offset = offset * fade + tl.sum(weight * zero[None, :], axis=1)
         part = weight.to(DTYPE)
-        acc0 = tl.dot(part, unpack(words, ones, nones, 0, BITS, True), acc0 * fade[:, None])
-        acc1 = tl.dot(part, unpack(words, ones, nones, 1, BITS, True), acc1 * fade[:, None])
+        acc0 = tl.dot(part, unpack(words, ones, nones, 0, BITS, MIDDLE), acc0 * fade[:, None])
+        acc1 = tl.dot(part, unpack(words, ones, nones, 1, BITS, MIDDLE), acc1 * fade[:, None])
         if PLANES > 2:
-            acc2 = tl.dot(part, unpack(words, ones, nones, 2, BITS, True), acc2 * fade[:, None])
-            acc3 = tl.dot(part, unpack(words, ones, nones, 3, BITS, True), acc3 * fade[:, None])
+            acc2 = tl.dot(part, unpack(words, ones, nones, 2, BITS, MIDDLE), acc2 * fade[:, None])
+            acc3 = tl.dot(part, unpack(words, ones, nones, 3, BITS, MIDDLE), acc3 * fade[:, None])
 
     place = (pair * SPLITS + split) * ROWS + h
     tl.store(largest + place, high)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcompiler.kernels.cost import H200, Cost, Device
 from qcompiler.kernels.packed_weight import COLUMNS, ROWS, PackedWeight
-from qcompiler.kernels.planes import grid_of, take_top, unpack
+from qcompiler.kernels.planes import MIDDLE, MINIMA, grid_of, take_top, unpack
 from qcompiler.kernels.sass import Build
 
 FUSED = 768  # tokens up to which linear_wq is expected to be faster; to be measured
@@ -30,7 +30,7 @@ def dequantize_wq_kernel(
     K: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
+    GRID: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -41,6 +41,7 @@ def dequantize_wq_kernel(
     WIDTH: tl.constexpr = BK // (16 if BITS == 3 else FIELDS)
     STEPS: tl.constexpr = (K + BK - 1) // BK
     FULL: tl.constexpr = (N + BN - 1) // BN * BN
+    PER_WORD: tl.constexpr = 2 if GRID == MINIMA else 4  # zero points, or minima, of how many groups
     tile = tl.program_id(0)
     step = tl.program_id(1)
     n = tile * BN + tl.arange(0, BN)
@@ -64,10 +65,10 @@ def dequantize_wq_kernel(
         if start % GROUP == 0:
             if start % (2 * GROUP) == 0:
                 pair = tl.load(scales + (step * BK + start) // (2 * GROUP) * FULL + n)
-            if start % (4 * GROUP) == 0:
-                four = pair if SYMMETRIC else tl.load(zeros + (step * BK + start) // (4 * GROUP) * FULL + n)
-            multiplier, addend = grid_of(pair, four, (step * BK + start) // GROUP, BITS, SYMMETRIC, DTYPE)
-        values = unpack(raw, multiplier, addend, start // WIDTH % FIELDS, BITS, SYMMETRIC)
+            if start % (PER_WORD * GROUP) == 0:
+                more = pair if GRID == MIDDLE else tl.load(zeros + (step * BK + start) // (PER_WORD * GROUP) * FULL + n)
+            multiplier, addend = grid_of(pair, more, (step * BK + start) // GROUP, BITS, GRID, DTYPE)
+        values = unpack(raw, multiplier, addend, start // WIDTH % FIELDS, BITS, GRID)
         there = (n[:, None] < N) & (step * BK + start + i[None, :] < K)
         tl.store(out_at + start, (values.to(tl.float32) * unit).to(DTYPE), mask=there)
 
@@ -86,7 +87,7 @@ def dequantize_wq(weight: PackedWeight) -> Tensor:
         K=k,
         GROUP=weight.group,
         BITS=weight.scheme.bits,
-        SYMMETRIC=weight.zeros is None,
+        GRID=weight.grid,
         BN=ROWS,
         BK=weight.columns,
     )
@@ -116,7 +117,7 @@ def builds(device: Device = H200) -> Iterator[Build]:
                 "K": 4096,
                 "GROUP": 128,
                 "BITS": width,
-                "SYMMETRIC": False,
+                "GRID": 1,
                 "BN": ROWS,
                 "BK": columns,
             },

@@ -15,7 +15,7 @@ parts in order: no float is added atomically, so the same input gives the same b
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qcompiler.kernels.cost import H200, Cost, Device, device_of
 from qcompiler.kernels.packed_weight import COLUMNS, ROWS, PackedWeight, group_of, tile_columns
-from qcompiler.kernels.planes import grid_of, take_top, unpack
+from qcompiler.kernels.planes import MIDDLE, MINIMA, grid_of, take_top, unpack
 from qcompiler.kernels.sass import Build
 from qcompiler.scheme import Scheme
 from qcompiler.target import Kernel, bits, channel_or_group, integer_codes, matrix, without
@@ -34,7 +34,7 @@ ACCEPTS = (
     & bits(2, 3, 4, 8)
     & channel_or_group(32, 64, 128, 256)
     & matrix()
-    & without("minimum", "codebook", "boundaries")
+    & without("codebook", "boundaries")
 )
 KERNEL = Kernel("linear_wq", "linear", ACCEPTS)
 
@@ -55,7 +55,7 @@ def linear_wq_kernel(
     K: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
+    GRID: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -75,6 +75,7 @@ def linear_wq_kernel(
     EACH: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
     RAGGED: tl.constexpr = STEPS * BK > K or EACH * SPLIT > STEPS
     FULL: tl.constexpr = (N + BN - 1) // BN * BN
+    PER_WORD: tl.constexpr = 2 if GRID == MINIMA else 4  # zero points, or minima, of how many groups
     tl.static_assert(GROUP % WIDTH == 0 and (BK % GROUP == 0 or GROUP % BK == 0))
 
     tile = tl.program_id(0)
@@ -104,13 +105,14 @@ def linear_wq_kernel(
             if start % GROUP == 0:
                 if start % (2 * GROUP) == 0:
                     pair = tl.load(scales + (here * BK + start) // (2 * GROUP) * FULL + n)
-                if start % (4 * GROUP) == 0:
-                    four = pair if SYMMETRIC else tl.load(zeros + (here * BK + start) // (4 * GROUP) * FULL + n)
-                multiplier, addend = grid_of(pair, four, (here * BK + start) // GROUP, BITS, SYMMETRIC, DTYPE)
+                if start % (PER_WORD * GROUP) == 0:
+                    place = (here * BK + start) // (PER_WORD * GROUP) * FULL
+                    more = pair if GRID == MIDDLE else tl.load(zeros + place + n)
+                multiplier, addend = grid_of(pair, more, (here * BK + start) // GROUP, BITS, GRID, DTYPE)
             if RAGGED:
                 mask = there & (step * BK + start + i[:, None] < K)
             columns = tl.load(x_at + start, mask=mask, other=0.0)
-            acc = tl.dot(unpack(raw, multiplier, addend, start // WIDTH % FIELDS, BITS, SYMMETRIC), columns, acc)
+            acc = tl.dot(unpack(raw, multiplier, addend, start // WIDTH % FIELDS, BITS, GRID), columns, acc)
         x_at += BK
 
     if SPLIT > 1:
@@ -195,7 +197,7 @@ def linear_wq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, confi
         out,
         tokens,
         BITS=weight.scheme.bits,
-        SYMMETRIC=weight.zeros is None,
+        GRID=weight.grid,
         HAS_BIAS=bias is not None,
         **constants(weight.shape, weight.group, weight.columns, chosen),
         num_warps=chosen.warps,
@@ -240,7 +242,7 @@ def build(text: str, n: int, k: int, tokens: int, dtype: str = "fp16", device: D
         arguments=ARGUMENTS | dict.fromkeys(("x", "bias", "out"), f"*{dtype}"),
         constants={
             "BITS": scheme.bits,
-            "SYMMETRIC": scheme.symmetric,
+            "GRID": 0 if scheme.symmetric else 1,
             "HAS_BIAS": True,
             **constants((n, k), group_of(scheme, k, columns), columns, config),
         },
@@ -263,3 +265,5 @@ def builds(device: Device = H200) -> Iterator[Build]:
         yield build(f"int{width}:g128:asym", *small, 16, device=device)
         yield build(f"int{width}:g32:asym", *large, 16, device=device)
         yield build(f"int{width}:channel:sym", *large, 16, device=device)
+        blocks = build(f"int{width}:g32:asym", *large, 1, device=device)  # as GGUF's of type _1
+        yield replace(blocks, name=f"{blocks.name} minima", constants={**blocks.constants, "GRID": 2})

@@ -23,7 +23,8 @@ class PackedWeight:
 
     - `words`: int16 [tiles of n, tiles of k, words of a cell, rows, width], see planes.py
     - `scales`: int32 [pairs of groups, n]; group 2i in the low half, as floats of `dtype`
-    - `zeros`: int32 [fours of groups, n]; group 4i in the lowest byte; None if symmetric
+    - `zeros`: int32 [fours of groups, n]; group 4i in the lowest byte; None if symmetric; where the weight has minima,
+      int32 [pairs of groups, n] like the scales, and `grid` is 2
     - `row_scale`: float32 [n]
     - `arrived`: int32 [tiles of n], zero between launches: how many parts of a split sum have been written
     - `permutation`: int32 [k]; stored column j is logical column permutation[j], and so must x be ordered
@@ -38,6 +39,7 @@ class PackedWeight:
     zeros: Tensor | None
     row_scale: Tensor
     arrived: Tensor
+    grid: int = 0
     permutation: Tensor | None = None
 
     @classmethod
@@ -57,7 +59,10 @@ class PackedWeight:
         shares = (scale / unit[:, None] * MAGNIFY[dtype]).to(dtype)
         words = pack_planes(weight.unpacked(), weight.scheme.bits, ROWS, columns)
         reach = max(groups, words.shape[1] * columns // weight.scheme.group_of(k))  # groups that the tiles extend over
+        row_scale = unit / (MAGNIFY[dtype] * LEAST[dtype])
         zeros = None if weight.zero is None else _words(weight.zero.expand(n, groups), 4, reach)
+        if isinstance(weight.minimum, Tensor):
+            zeros = _words((weight.minimum.float().expand(n, groups) / row_scale[:, None]).to(dtype), 2, reach)
         return cls(
             scheme=weight.scheme,
             shape=(n, k),
@@ -66,8 +71,9 @@ class PackedWeight:
             words=words,
             scales=_words(shares, 2, reach),
             zeros=zeros,
-            row_scale=_padded(unit / (MAGNIFY[dtype] * LEAST[dtype])),
+            row_scale=_padded(row_scale),
             arrived=words.new_zeros(words.shape[0], dtype=torch.int32),
+            grid=2 if weight.minimum is not None else 1 if weight.zero is not None else 0,
             permutation=weight.permutation,
         )
 
@@ -77,10 +83,13 @@ class PackedWeight:
         groups = self.scheme.groups(k)
         unit = self.row_scale[:n, None] * (MAGNIFY[self.dtype] * LEAST[self.dtype])
         scale = _parts(self.scales, self.dtype, n, groups).float() / MAGNIFY[self.dtype] * unit
-        zero = None if self.zeros is None else _parts(self.zeros, torch.uint8, n, groups)
+        zero = _parts(self.zeros, torch.uint8, n, groups) if self.zeros is not None and self.grid == 1 else None
+        minimum = None
+        if self.zeros is not None and self.grid == 2:
+            minimum = _parts(self.zeros, self.dtype, n, groups).float() * self.row_scale[:n, None]
         codes = unpack_planes(self.words, self.scheme.bits, n, k)
         packed = pack_bits(codes, self.scheme.bits)
-        return QTensor(self.scheme, self.shape, packed, scale, zero, permutation=self.permutation)
+        return QTensor(self.scheme, self.shape, packed, scale, zero, minimum, permutation=self.permutation)
 
     def to(self, device: torch.device | str) -> "PackedWeight":
         """The same on another device."""

@@ -32,6 +32,9 @@ CAPACITY = 8  # bits that both kinds of float hold as evenly spaced numbers from
 MAGNIFY = {torch.float16: 2.0**15, torch.bfloat16: 2.0**127}
 LEAST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 
+# How a weight's grid is shifted: by the middle code (symmetric), by zero points, by minima.
+MIDDLE, ZEROS, MINIMA = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
 # $1 words, $2 shift, $3 mask, $4 multiplier, $5 addend: pairs of 16 bits. The shift carries bits of the upper word
 # into the lower; the mask removes them. Shift and mask are constants, so that ptxas folds or shares what it can.
 UNPACK_F16 = tl.constexpr(
@@ -56,7 +59,7 @@ TAKE_TOP = tl.constexpr(
 
 
 @triton.jit
-def unpack(words, multiplier, addend, PLANE: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
+def unpack(words, multiplier, addend, PLANE: tl.constexpr, BITS: tl.constexpr, GRID: tl.constexpr):
     """Plane PLANE (counted in the word) of int16 words [rows, width], with what `grid_of` gives for each row.
 
     Returns [rows, width] in the dtype of `multiplier` [rows], which is that of addend [rows].
@@ -72,7 +75,7 @@ def unpack(words, multiplier, addend, PLANE: tl.constexpr, BITS: tl.constexpr, S
     HALF: tl.constexpr = multiplier.dtype == tl.float16
     CENTER: tl.constexpr = CENTER_F16 if HALF else CENTER_BF16
     UNPACK: tl.constexpr = UNPACK_F16 if HALF else UNPACK_BF16
-    ASM: tl.constexpr = CENTER if BITS == 8 and not SYMMETRIC else UNPACK
+    ASM: tl.constexpr = CENTER if BITS == 8 and GRID == ZEROS else UNPACK
     return tl.inline_asm_elementwise(ASM, "=r,r,r,r,r,r", arguments, multiplier.dtype, is_pure=True, pack=2)
 
 
@@ -83,16 +86,21 @@ def take_top(collected, words):
 
 
 @triton.jit
-def grid_of(pair, four, group, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr):
-    """What `unpack` multiplies by and adds for a group, [n] each, from its words of scales and of zero points.
+def grid_of(pair, more, group, BITS: tl.constexpr, GRID: tl.constexpr, DTYPE: tl.constexpr):
+    """What `unpack` multiplies by and adds for a group, [n] each, from its words of scales, and zero points or minima.
 
     The addend is -zero * scale, rounded; of a symmetric grid exact, as zero is a power of two. With 8 bits and a zero
-    point of their own it is -zero.
+    point of their own it is -zero. A minimum is the addend itself.
     """
     multiplier = (pair >> ((group & 1) * 16)).to(tl.int16).to(DTYPE, bitcast=True)
-    middle = tl.full(pair.shape, 1 << (BITS - 1), tl.int16)
-    zero = (middle if SYMMETRIC else (four >> ((group & 3) * 8) & 255).to(tl.int16)).to(DTYPE, bitcast=True)
-    return multiplier, -zero if BITS == 8 and not SYMMETRIC else -(zero * multiplier)
+    if GRID == MINIMA:
+        addend = (more >> ((group & 1) * 16)).to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        middle = tl.full(pair.shape, 1 << (BITS - 1), tl.int16)
+        code = middle if GRID == MIDDLE else (more >> ((group & 3) * 8) & 255).to(tl.int16)
+        zero = code.to(DTYPE, bitcast=True)
+        addend = -zero if BITS == 8 and GRID == ZEROS else -(zero * multiplier)
+    return multiplier, addend
 
 
 @dataclass(frozen=True)

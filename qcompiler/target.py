@@ -76,7 +76,8 @@ def integer_codes() -> Accept:
     def check(weight: QTensor) -> Answer:
         if weight.scheme.code != "int":
             return No(f"{weight.scheme.code} codes, not integers")
-        return isinstance(weight.scale, Tensor) or No("the scales are quantized themselves")
+        plain = isinstance(weight.scale, Tensor) and not isinstance(weight.minimum, QTensor)
+        return plain or No("the scales are quantized themselves")
 
     return Accept("integer_codes()", check)
 

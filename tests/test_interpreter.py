@@ -1,5 +1,7 @@
 """The interpreter, as tests/interpreter.py puts it right, computes what PyTorch computes."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -73,3 +75,8 @@ def test_products_and_sums(dtype: torch.dtype) -> None:
     product[1,](a, b, out, 16)
     expected = (a.float() @ b.float()).to(dtype).float().sum(1)
     torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_triton_is_imported_with_a_kernel_and_not_before() -> None:
+    code = "import sys, qcompiler, qcompiler.kernels, qcompiler.backends; print('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -76,6 +76,23 @@ def test_against_the_meaning(scheme: str, tokens: int, n: int, k: int, dtype: to
     assert_close(linear_wq(x, packed, bias), x, weight, bias)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_minima_in_place_of_zero_points(bits: int, dtype: torch.dtype) -> None:
+    """As GGUF's blocks of type _1 have them."""
+    weight = weight_of(f"int{bits}:g32:asym", 130, 300)
+    assert isinstance(weight.scale, Tensor)
+    assert weight.zero is not None
+    weight = weight.with_parts(minimum=-weight.scale.float() * weight.zero.float(), zero=None)
+    packed = PackedWeight.pack(weight, dtype)
+    again = packed.unpack()
+    assert torch.equal(again.codes, weight.codes)
+    torch.testing.assert_close(again.minimum, weight.minimum, rtol=torch.finfo(dtype).eps, atol=0)
+    x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert_close(linear_wq(x, packed), x, weight)
+    assert_close(linear_decoded(x, packed), x, weight)
+
+
 @settings(max_examples=15, deadline=None)
 @given(SCHEMES, st.integers(1, 300), st.integers(1, 600), DTYPES)
 def test_decoding_gives_the_weight(scheme: str, n: int, k: int, dtype: torch.dtype) -> None:
