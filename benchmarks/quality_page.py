@@ -17,7 +17,7 @@ Perplexity of SmolLM2-135M as a multiple of the float model's ({fp32:.2f}): {win
 file that it comes in holds 4-bit blocks of 32 channels, which methods that leave the order alone would find again).
 Weights but the head's are quantized: 4 and 3 bits in groups of 64, 2 bits in groups of 32. A8: one scale a token, and
 with rptq static ones for groups of 32. A4: norm outputs as A8, the rest with a scale for each token and group of 32.
-KV4: keys by channel over 64 tokens, values by token in groups of 32."""
+KV4: keys by channel over 64 tokens, values by token in groups of 32. Empty cells are not measured yet."""
 RPTQ = """\
 ## RPTQ's configurations
 
