@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from qcompiler.axes import place
-from qcompiler.axis_rules import ALONE, HOMOGENEOUS
+from qcompiler.axis_rules import ALONE, HOMOGENEOUS, ODD
 from qcompiler.errors import No, RecipeError, nearest
 from qcompiler.hadamard import base_order, hadamard, random_rotation, transform
 from qcompiler.ops import qc
@@ -26,7 +26,7 @@ from qcompiler.sites import Kind, Site, find
 aten = torch.ops.aten
 
 SITES = ("residual", "heads", "qk", "hidden")
-FUNCTIONS = {*ALONE, *HOMOGENEOUS, aten.mul.Tensor}
+FUNCTIONS = {*ODD, *ALONE, *HOMOGENEOUS, aten.mul.Tensor}
 DENSE = 256  # a matrix of a larger order than this would cost a layer of its own
 
 
