@@ -60,7 +60,7 @@ def main() -> None:
             figures["forms"][name][f"{what}_tokens_per_s"] = _spread(found)
             figures["forms"][name][f"{what}_vs_first"] = round(statistics.median(ratios), 3)
     for name, session in sessions.items():
-        refusals = Counter(str(text).partition(" at ")[0] for text in session.report.details.get("refusals", []))
+        refusals = Counter(str(text).partition(": ")[2] for text in session.report.details.get("refusals", []))
         figures["forms"][name] |= {
             "recipe": FORMS[name],
             "kernels": session.report.details["kernels"],
