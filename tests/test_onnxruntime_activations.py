@@ -80,8 +80,8 @@ def test_8_bits_are_left_to_matmulnbits(scheme: str) -> None:
     runner = OnnxRuntime(accuracy_level=4, threads=1).lower(program)
     details, found = runner.details(), runner({"input_ids": IDS})["logits"]
     assert any("MatMulNBits rounds activations to 8 bits in its own way" in text for text in details["refusals"])
-    expected = program(input_ids=IDS)["logits"]
-    assert float((found - expected).norm() / expected.norm()) < 3e-2
+    exact, rounded = tiny_llama()(input_ids=IDS)["logits"], program(input_ids=IDS)["logits"]
+    assert float((found - exact).norm()) < 1.2 * float((rounded - exact).norm())  # static ranges may cut off more
 
 
 @pytest.mark.parametrize(("bits", "most"), [(8, 4e-3), (4, 3e-2)])
