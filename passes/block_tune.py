@@ -24,6 +24,7 @@ from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
 from qcompiler.passes.statistics import Hessian
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program, Type
+from qcompiler.rounding import straight_through
 from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits
 from qcompiler.spill import Spill
 
@@ -75,7 +76,7 @@ class BlockTune(Pass):
             raise PassError("it needs calibration data; give calibration=..., or use rtn, which needs none")
         samples = list(pieces(ctx.samples, self.batch))
         chosen = dict.fromkeys(weight_name(node) for node in select(program, self.include, self.exclude, ctx))
-        journal = ctx.journal.of(str(self), program, ctx.samples)
+        journal = ctx.journal.of(str(self), program, ctx.samples, ctx.seed)
         floats, tuned = unrounded(program), differentiable(program)
 
         def needs(nodes: Sequence[fx.Node]) -> Needs:
@@ -107,20 +108,20 @@ class BlockTune(Pass):
             return begin
         weights = {name: Soft(q, block.program.tensors[name]) for name, q in begin.items()}
         before = block.loss({name: q.dequantize() for name, q in begin.items()})
-        self._descend(block, list(weights.values()), weights, ctx)
+        self._descend(block, weights, ctx)
         end = {name: soft.hard() for name, soft in weights.items()}
         after = block.loss({name: q.dequantize() for name, q in end.items()})
         ctx.note(f"block {block.segment.index}: relative error {before**0.5:.4f} -> {min(before, after) ** 0.5:.4f}")
         return end if after < before else begin
 
-    def _descend(self, block: "Block", soft: Sequence["Soft"], weights: Mapping[str, "Soft"], ctx: Context) -> None:
+    def _descend(self, block: "Block", weights: Mapping[str, "Soft"], ctx: Context) -> None:
         """Signed gradient descent, the rate falling linearly to zero."""
         order = torch.randperm(self.steps, generator=ctx.generator()) % len(block.samples)
         for step, i in enumerate(order.tolist()):
             left = 1 - step / self.steps
             with torch.enable_grad():
                 block.error(i, {name: weight() for name, weight in weights.items()}).backward()
-            for weight in soft:
+            for weight in weights.values():
                 weight.step((self.rate or 1 / self.steps) * left, self.scale_rate * left)
 
 
@@ -139,7 +140,7 @@ class Soft:
 
     def __call__(self) -> Tensor:
         """The weight [n, k] that the codes stand for, with gradients, in its own dtype."""
-        codes = self.place + (self._codes() - self.place).detach()
+        codes = straight_through(self.place, self._codes())
         return ((codes - self.zero) * self.scale[..., None]).flatten(1)[:, : self.q.columns].to(self.q.dtype)
 
     def _codes(self) -> Tensor:

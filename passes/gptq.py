@@ -58,7 +58,7 @@ class Gptq(Pass):
         if not ctx.samples:
             raise PassError("it needs calibration data; give calibration=..., or use rtn, which needs none")
         chosen = {node.name: weight_name(node) for node in select(program, self.include, self.exclude, ctx)}
-        journal = ctx.journal.of(str(self), program, ctx.samples)
+        journal = ctx.journal.of(str(self), program, ctx.samples, ctx.seed)
 
         def needs(nodes: Sequence[fx.Node]) -> Needs:
             return {node.name: Hessian() for node in nodes if node.name in chosen and not journal.has(node)}

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -27,11 +26,11 @@ class Journal:
     folder: Path | None = None
     prefix: str = ""
 
-    def of(self, step: str, program: Program, samples: Sequence[Mapping[str, Tensor]]) -> "Journal":
-        """The pages of one pass, given as recipe text, over one program and these samples."""
+    def of(self, step: str, program: Program, samples: Sequence[Mapping[str, Tensor]], seed: int) -> "Journal":
+        """The pages of one pass, given as recipe text, over one program, these samples and this seed."""
         if self.folder is None:
             return self
-        digest = hashlib.blake2b(f"{step} {program.fingerprint()}".encode(), digest_size=8)
+        digest = hashlib.blake2b(f"{step} {program.fingerprint()} {seed}".encode(), digest_size=8)
         for sample in samples:
             for name in sorted(sample):
                 digest.update(name.encode() + sample[name].numpy().tobytes())
@@ -47,12 +46,12 @@ class Journal:
             return None
         with safe_open(self._page(segment), "pt") as page:
             specs: dict[str, str] = json.loads(page.metadata()["specs"])  # one text: metadata has no order
-            parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in specs}
+            parts: dict[str, dict[int, Tensor]] = {name: {} for name in specs}
             for key in page.keys():  # noqa: SIM118
                 name, _, place = key.rpartition("::")
-                parts[name].append((int(place), page.get_tensor(key)))
+                parts[name][int(place)] = page.get_tensor(key)
         return {
-            name: QTensor.from_parts([tensor for _, tensor in sorted(parts[name], key=_first)], spec)
+            name: QTensor.from_parts([parts[name][i] for i in range(len(parts[name]))], spec)
             for name, spec in specs.items()
         }
 
@@ -73,7 +72,3 @@ class Journal:
     def _page(self, segment: int) -> Path:
         assert self.folder is not None
         return self.folder / f"{self.prefix}-{segment:04d}.safetensors"
-
-
-def _first(pair: tuple[int, Any]) -> int:
-    return pair[0]
