@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def results(name: str) -> dict[str, Any]:
     """The figures in results/<name>.json; empty where there is none yet."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def resumed(name: str, setting: dict[str, Any], fresh: bool) -> dict[str, Any]:
+    """What was measured before with the same setting, to go on from; with `fresh` nothing, nor any journal."""
+    known = results(name)
+    if fresh:
+        shutil.rmtree(str(JOURNAL.folder), ignore_errors=True)
+    return dict(setting) if fresh or any(known.get(key) != value for key, value in setting.items()) else known
 
 
 def write(name: str, figures: dict[str, Any]) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import JOURNAL, RESULTS, canonical, results, self_written, write
+from common import JOURNAL, RESULTS, canonical, resumed, self_written, write
 from quality import LENGTH, build_reference
 from quality_page import write_page
 
@@ -101,8 +101,7 @@ def main() -> None:
 
     name = "methods" if options.model == "demo" else f"methods_{Path(options.model).name}"
     setting = {"text": options.text.name, "windows": options.windows, "batches": options.batches}
-    known = results(name)
-    figures = known if not options.fresh and all(known.get(k) == v for k, v in setting.items()) else dict(setting)
+    figures = resumed(name, setting, options.fresh)
     base, tokenizer = canonical(resolve(options.model).model)
     tokens = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
     bench = Bench(shuffled(base), self_written(base, Calibration())[: options.batches], tokens, options.windows)

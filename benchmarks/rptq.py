@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from common import JOURNAL, canonical, results, self_written, write
+from common import JOURNAL, canonical, resumed, self_written, write
 from quality import LENGTH, build_reference
 from quality_page import write_page
 from torch import fx
@@ -136,8 +136,7 @@ def main() -> None:
         return evaluate.perplexity(build_reference(program), tokens, LENGTH, options.windows)
 
     setting = {"text": options.text.name, "windows": options.windows, "batches": options.batches}
-    known = results("rptq")
-    figures = known if not options.fresh and all(known.get(k) == v for k, v in setting.items()) else dict(setting)
+    figures = resumed("rptq", setting, options.fresh)
     figures.setdefault("fp32", perplexity(base))
     weights: dict[int, Program] = {}
     for name, (bits, passes, bar) in CONFIGURATIONS.items():

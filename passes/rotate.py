@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from qcompiler.axes import place
-from qcompiler.axis_rules import ALONE, HOMOGENEOUS, ODD
+from qcompiler.axis_rules import FUNCTIONS
 from qcompiler.errors import No, RecipeError, nearest
 from qcompiler.hadamard import base_order, hadamard, random_rotation, transform
 from qcompiler.ops import qc
@@ -26,7 +26,7 @@ from qcompiler.sites import Kind, Site, find
 aten = torch.ops.aten
 
 SITES = ("residual", "heads", "qk", "hidden")
-FUNCTIONS = {*ODD, *ALONE, *HOMOGENEOUS, aten.mul.Tensor}
+NOT_LINEAR = {*FUNCTIONS, aten.mul.Tensor}
 DENSE = 256  # a matrix of a larger order than this would cost a layer of its own
 
 
@@ -155,7 +155,7 @@ def out_of_reach(program: Program, sites: Sequence[tuple[str, Site]]) -> Iterato
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in program.linears():
         value = node.all_input_nodes[0]
-        if _source(value).target in FUNCTIONS and (weight_name(node), 1) not in held:
+        if _source(value).target in NOT_LINEAR and (weight_name(node), 1) not in held:
             readers.setdefault(value, []).append(node)
     yield from (Place("hidden", [value], layers) for value, layers in readers.items())
 

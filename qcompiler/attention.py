@@ -44,8 +44,7 @@ def mask(
         seen = seen & (distance <= right)
     seen = seen[None, None]
     if chunk > 0:
-        start = torch.zeros_like(key[:1])[None] if padding is None else (padding != 0).long().argmax(-1)[:, None]
-        group = torch.div(key[None] - start, chunk, rounding_mode="floor")
+        group = torch.div(_from_first_real(key, padding), chunk, rounding_mode="floor")
         seen = seen & (group[:, None, keys - queries :, None] == group[:, None, None, :])
     if padding is not None:
         seen = seen & (padding != 0)[:, None, None, :]
@@ -181,8 +180,12 @@ def _kept(q: Tensor, keys: int, padding: Tensor | None, block: int, recent: int,
     near = (full[None, :] > query[:, None] + 1 - recent)[None, None]
     if not first:
         return near
-    start = torch.zeros_like(key[:1])[None] if padding is None else (padding != 0).long().argmax(-1)[:, None]
-    return near | (key[None] - start < first)[:, None, None, :]
+    return near | (_from_first_real(key, padding) < first)[:, None, None, :]
+
+
+def _from_first_real(key: Tensor, padding: Tensor | None) -> Tensor:
+    """Positions [keys] counted from each sequence's first real token, [batch or 1, keys]."""
+    return key[None] if padding is None else key[None] - (padding != 0).long().argmax(-1)[:, None]
 
 
 def cached_attention(

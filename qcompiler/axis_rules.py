@@ -437,6 +437,7 @@ ALONE = (
     aten.div.Tensor,
     aten.pow.Tensor_Tensor,
 )
+FUNCTIONS = (*HOMOGENEOUS, *ODD, *ALONE)  # of each number by itself, none of them linear
 
 RULES: dict[Any, Rule] = {
     **dict.fromkeys(MOVES, moved),

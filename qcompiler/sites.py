@@ -80,9 +80,8 @@ class Site:
         self._admits(Kind.SIGN, signs, (self.blocks, self.channels))
         if not bool((signs.abs() == 1).all()):
             raise QCompilerError(f"signs must be 1 or -1, at {self}")
-        self.rewrite(
-            program, lambda values: values * signs[:, None].view(*signs[:, None].shape, *[1] * (values.dim() - 3))
-        )
+        signs = signs.double()
+        self.rewrite(program, lambda values: torch.einsum("bi,bci...->bci...", signs, values))
 
     def rotate(self, program: Program, matrix: Tensor) -> None:
         """Mix the channels, in float64: y = R x with an orthogonal matrix [blocks or 1, channels, channels]."""

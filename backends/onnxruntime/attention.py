@@ -10,6 +10,7 @@ from qcompiler.backends.onnxruntime.activations import rounded
 from qcompiler.backends.onnxruntime.float_keys import kept, rounded_keys
 from qcompiler.backends.onnxruntime.graph import dtype_of, sizes_of, typed
 from qcompiler.backends.onnxruntime.lowering import Lowering, Rule
+from qcompiler.backends.onnxruntime.positions import from_first_real, positions
 from qcompiler.program import Type
 
 
@@ -49,9 +50,7 @@ def mask(
 ) -> ir.Value:
     """Boolean mask [batch or 1, 1, queries, keys] of a window and a padding mask; see `qcompiler.ops.mask`."""
     keys, queries = low.cast(keys, torch.int64), low.cast(queries, torch.int64)
-    zero, one = (low.graph.constant(n, torch.int64) for n in (0, 1))
-    key = low.op("Range", zero, keys, one)
-    query = low.op("Unsqueeze", low.op("Range", low.op("Sub", keys, queries), keys, one), [1])
+    query, key = positions(low, queries, keys)
     found: list[ir.Value] = []
     distance = low.op("Sub", key, query)
     if left >= 0:
@@ -72,12 +71,9 @@ def mask(
 
 def same_chunk(low: Lowering, padding: ir.Value | None, key: ir.Value, query: ir.Value, chunk: int) -> ir.Value:
     """Whether query and key lie in the same chunk, counted from the first real position."""
-    if padding is not None:
-        real = low.op("Cast", low.cast(padding, torch.bool), to=int(ir.DataType.INT64))
-        start = low.op("Unsqueeze", low.op("ArgMax", real, axis=1, keepdims=1), [1, 2])
-        key, query = low.op("Sub", key, start), low.op("Sub", query, start)
     size = low.graph.constant(chunk)
-    groups = [low.op("Div", low.op("Sub", x, low.op("Mod", x, size)), size) for x in (key, query)]
+    own = [from_first_real(low, position, padding) for position in (key, query)]
+    groups = [low.op("Div", low.op("Sub", x, low.op("Mod", x, size)), size) for x in own]
     return low.op("Equal", *groups)
 
 

@@ -9,6 +9,7 @@ from qcompiler.attention import block_scheme
 from qcompiler.backends.onnxruntime.activations import dynamic_grid, rounded, to_grid
 from qcompiler.backends.onnxruntime.graph import sizes_of, typed
 from qcompiler.backends.onnxruntime.lowering import Lowering, Unsupported
+from qcompiler.backends.onnxruntime.positions import from_first_real, positions
 from qcompiler.program import Type
 from qcompiler.rounding import activation_scheme
 
@@ -46,21 +47,12 @@ def kept(
     queries, keys = low.size(q, 2), low.size(k, 2)
     known = ("kept", queries, keys, padding, block, recent, first)
     if known not in low.memo:
-        zero, one, size = (low.graph.constant(n, torch.int64) for n in (0, 1, block))
-        key = low.op("Range", zero, keys, one)
-        query = low.op("Unsqueeze", low.op("Range", low.op("Sub", keys, queries), keys, one), [1])
+        query, key = positions(low, queries, keys)
+        size = low.graph.constant(block, torch.int64)
         full = low.op("Add", low.op("Sub", key, low.op("Mod", key, size)), size)  # tokens when the key's block is full
         seen = low.op("Greater", full, low.op("Add", query, low.graph.constant(1 - recent)))
         if first:
-            seen = low.op("Or", seen, _among_first(low, key, padding, first))
+            seen = low.op("Or", seen, low.op("Less", from_first_real(low, key, padding), low.graph.constant(first)))
         low.memo[known] = seen
     value: ir.Value = low.memo[known]
     return value
-
-
-def _among_first(low: Lowering, key: ir.Value, padding: ir.Value | None, first: int) -> ir.Value:
-    """Whether a key is one of the first real ones."""
-    if padding is not None:
-        real = low.op("Cast", low.cast(padding, torch.bool), to=int(ir.DataType.INT64))
-        key = low.op("Sub", key, low.op("Unsqueeze", low.op("ArgMax", real, axis=1, keepdims=1), [1, 2]))
-    return low.op("Less", key, low.graph.constant(first))

@@ -75,7 +75,7 @@ def integer_linear(
         return product
     low.refusals.append(product.at(name))
     kind = activation_scheme(scheme)
-    # Its own scales, one for each token and block, are finer; rounding before as well would take a quarter of the time.
+    # Its own scales, one for each token and block, are finer; to round before as well only costs time.
     if kind.bits == 8 and kind.granularity in ("token", "group") and low.options.accuracy_level == 4:
         low.refusals.append(No(f"MatMulNBits rounds activations to 8 bits in its own way, not {kind}", name))
     else:
