@@ -5,6 +5,7 @@ if __name__ != "qcompiler.backends":
 
 from qcompiler.backends.onnxruntime import OnnxRuntime
 from qcompiler.backends.reference import Reference
+from qcompiler.backends.triton import Triton
 from qcompiler.plugins import Plugin
 
-PLUGIN = Plugin(backends=(Reference, OnnxRuntime))
+PLUGIN = Plugin(backends=(Reference, OnnxRuntime, Triton))

@@ -95,7 +95,7 @@ def compile(
         placement = place(program, backends)
         files = scratch_folder()
         lowered = placement.backend.lower(program, Path(files.name))
-    for refusal in placement.refusals:
+    for refusal in (*placement.refusals, *lowered.refusals):
         report.refuse(refusal)
     _finish(report, program, placement.backend)
     report.details = lowered.details()

@@ -142,7 +142,9 @@ class Decoder(abc.ABC):
 
 
 class Runner(abc.ABC):
-    """A lowered program, ready to run."""
+    """A lowered program, ready to run; `refusals` are why parts of it run otherwise than they could."""
+
+    refusals: Sequence[No] = ()
 
     @abc.abstractmethod
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,172 @@
+"""The kernels as operators of PyTorch, in the namespace `qct`: what graphs call, and what torch.compile sees.
+
+Each takes a packed record as `records.split` gives it. On a GPU its kernel runs; on the CPU its meaning does, in plain
+PyTorch (or the kernel, where Triton interprets). They are opaque to Inductor: which kernel runs, and in how many
+parts, depends on the number of tokens, and Inductor fuses nothing into a kernel that it did not write.
+
+Nothing is registered when this module is imported: the first use of `qct.<name>` defines the operators.
+
+| op | meaning |
+|---|---|
+| `qct.linear_wq` | x times a packed weight of 2, 3, 4 or 8 bits transposed, plus bias |
+| `qct.linear_a8` | x rounded to 8 bits or fewer, times a packed weight transposed, in integers, plus bias |
+| `qct.attend` | new keys and values stored in a cache of fixed size, and attention over what it holds |
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qcompiler.kernels.attention_kvq import attention_kvq
+from qcompiler.kernels.dequantize_wq import FUSED, linear_decoded
+from qcompiler.kernels.kv_append import kv_append
+from qcompiler.kernels.linear_a8 import linear_a8
+from qcompiler.kernels.linear_wq import linear_wq
+from qcompiler.kernels.records import join, numbers
+from qcompiler.rounding import activation_scheme, codes_of
+
+SCHEMAS = {
+    "linear_wq": "(Tensor x, Tensor[] weight, Tensor? bias=None, *, str spec) -> Tensor",
+    "linear_a8": "(Tensor x, Tensor[] weight, Tensor[] grid, Tensor? bias=None, *, str spec) -> Tensor",
+    "attend": "(Tensor q, Tensor k, Tensor v, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor places, "
+    "*, str key_spec, str value_spec, float scale, int left=-1) -> Tensor",
+}
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether kernels can run on x: it is on a GPU, or Triton interprets."""
+    from triton import knobs
+
+    return x.is_cuda or bool(knobs.runtime.interpret)
+
+
+def run_linear_wq(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None = None, *, spec: str) -> Tensor:
+    """x [..., k] times the weight [n, k] of a PackedWeight transposed, plus bias [n]: [..., n] in x's dtype.
+
+    The product is computed in the weight's dtype. A permuted weight (act-order) takes x in its logical order.
+    """
+    record = join(weight, spec)
+    if not on_kernels(x):
+        return F.linear(x, record.unpack().dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
+    inner = x if record.permutation is None else x.index_select(-1, record.permutation)
+    inner = inner.to(record.dtype).contiguous()
+    many = inner.numel() > FUSED * inner.shape[-1]
+    return (linear_decoded if many else linear_wq)(inner, record, bias).to(x.dtype)
+
+
+def run_linear_a8(
+    x: Tensor, weight: Sequence[Tensor], grid: Sequence[Tensor], bias: Tensor | None = None, *, spec: str
+) -> Tensor:
+    """x [..., k], rounded by the PackedIntegers' scheme (static: to `grid`), times its weight, in integers."""
+    record = join(weight, spec)
+    kind = activation_scheme(record.activation)
+    codes, scale, zero = codes_of(x, grid, kind)
+    whole = (codes - (kind.levels >> 1)).flatten(-2)[..., : x.shape[-1]]
+    if not on_kernels(x):
+        return _integers_by_meaning(whole, scale, zero, record, bias).to(x.dtype)
+    shift = zero - (kind.levels >> 1)
+    token = [part.expand_as(scale).flatten().contiguous() for part in (scale, shift)] if kind.dynamic else []
+    return linear_a8(whole.to(torch.int8).contiguous(), record, token, bias, x.dtype)
+
+
+def run_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    places: Tensor,
+    *,
+    key_spec: str,
+    value_spec: str,
+    scale: float,
+    left: int = -1,
+) -> Tensor:
+    """Store k and v [batch, kv_heads, 1, d] at `places` (int32 [batch]), and attend with q [batch, heads, 1, d].
+
+    Caches are QuantizedCaches, or with an empty spec one float tensor [batch, kv_heads, capacity, d] each. A query
+    sees what was stored up to itself, and no more than `left` tokens before it.
+    """
+    ends = places + 1
+    begins = (ends - 1 - left).clamp(min=0) if left >= 0 else torch.zeros_like(ends)
+    if not key_spec:
+        return _attend_floats(q, k, v, keys[0], values[0], places, begins, scale)
+    caches = join(keys, key_spec), join(values, value_spec)
+    for new, cache in zip((k, v), caches, strict=True):
+        kv_append(new.contiguous(), cache, places)
+    newest = q[:, :, 0].to(torch.float16 if q.dtype == torch.float32 else q.dtype).contiguous()
+    return attention_kvq(newest, *caches, begins, ends, scale)[:, :, None].to(q.dtype)
+
+
+def _integers_by_meaning(whole: Tensor, scale: Tensor, zero: Tensor, record: Any, bias: Tensor | None) -> Tensor:
+    """What linear_a8 computes, run by run, float32 [..., n]; `whole` [..., k] are codes less half the levels."""
+    kind, lift = activation_scheme(record.activation), 16 if record.scheme.bits == 4 else 1
+    n, k = record.shape
+    steps = (record.unpack().double() - (record.scheme.levels >> 1)) * lift
+    shift = (zero - (kind.levels >> 1)).expand_as(scale).flatten(-2) if kind.dynamic else None  # [..., 1]
+    total = torch.zeros(*whole.shape[:-1], n, device=whole.device)
+    for run, start in enumerate(range(0, k, record.run)):
+        stop = min(start + record.run, k)
+        sums = whole[..., start:stop].double() @ steps[:, start:stop].T
+        share = record.starts[run, :n].double()
+        if not kind.symmetric:
+            sums = sums + share if shift is None else sums - share * shift
+        factor = record.factors[run, :n] if shift is None else record.factors[run, :n] * scale.flatten(-2)
+        total += sums.float() * factor
+    return total if bias is None else total + bias
+
+
+def _attend_floats(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, places: Tensor, begins: Tensor, scale: float
+) -> Tensor:
+    """Attention over float caches of fixed size: what is not there yet, or not seen any more, is masked."""
+    batch = torch.arange(q.shape[0], device=q.device)
+    for new, cache in ((k, keys), (v, values)):
+        cache[batch, :, places.long()] = new[:, :, 0].to(cache.dtype)
+    at = torch.arange(keys.shape[2], device=q.device)
+    seen = (at <= places[:, None]) & (at >= begins[:, None])
+    grouped = q.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(
+        q, keys.to(q.dtype), values.to(q.dtype), attn_mask=seen[:, None, None], scale=scale, enable_gqa=grouped
+    )
+
+
+def _fake_linear_wq(x, weight, bias=None, *, spec):
+    return x.new_empty((*x.shape[:-1], numbers(spec)["shape"][0]))
+
+
+def _fake_linear_a8(x, weight, grid, bias=None, *, spec):
+    return x.new_empty((*x.shape[:-1], numbers(spec)["shape"][0]))
+
+
+def _fake_attend(q, k, v, keys, values, places, *, key_spec, value_spec, scale, left=-1):
+    return q.new_empty((*q.shape[:3], v.shape[-1]))
+
+
+@functools.cache
+def load() -> torch.library.Library:
+    """Define the qct:: operators with PyTorch, once; the library object must stay alive."""
+    library = torch.library.Library("qct", "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+        library.impl(name, globals()[f"run_{name}"], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"qct::{name}", globals()[f"_fake_{name}"], lib=library)
+    return library
+
+
+class _Namespace:
+    """`qct.linear_wq` is `torch.ops.qct.linear_wq.default`, defined at first use."""
+
+    def __getattr__(self, name: str) -> torch._ops.OpOverload:
+        if name not in SCHEMAS:
+            raise AttributeError(name)
+        load()
+        overload: torch._ops.OpOverload = getattr(torch.ops.qct, name).default
+        return overload
+
+
+qct = _Namespace()
