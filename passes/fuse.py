@@ -133,6 +133,7 @@ def fuse(program: Program, siblings: Sequence[fx.Node]) -> None:
             program.call(operator.getitem, (split, i), like=node, type=node.meta["type"])
             for i, node in enumerate(siblings)
         ]
+    program.info.setdefault("fused", {})[name] = dict(zip(names, rows, strict=True))
     for node, piece in zip(siblings, pieces, strict=True):
         node.replace_all_uses_with(piece)
         program.graph.erase_node(node)

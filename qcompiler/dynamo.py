@@ -7,29 +7,34 @@ that changed (load_state_dict, an optimizer). A graph that cannot be compiled ru
 why; `strict` makes that an error. A graph without weights is nothing to compress, and runs as it is.
 """
 
+import copy
 import logging
 import operator
 import re
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from qcompiler import artifact
+from qcompiler.adopt import adopt
 from qcompiler.compiler import capture
 from qcompiler.errors import InputError, No, QCompilerError, RecipeError, nearest
 from qcompiler.pipeline import Context, Runner
 from qcompiler.plugins import lookup
 from qcompiler.recipe import Recipe
+from qcompiler.target import Backend, place
 from qcompiler.target import Runner as Lowered
-from qcompiler.target import place
 
 log = logging.getLogger(__name__)
 Values = tuple[Any, ...]
 _PATH = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _CHANGE_SIGNATURE = ("kv_cache",)  # a module under torch.compile keeps its inputs and outputs
 
 
@@ -37,13 +42,18 @@ _CHANGE_SIGNATURE = ("kv_cache",)  # a module under torch.compile keeps its inpu
 class Options:
     """What `torch.compile(..., options={...})` may say.
 
-    `recipe` and `backend` as for `qcompiler.compile`; with `strict`, a graph that cannot be compiled is an error. What
-    the passes did and refused is logged by "qcompiler.dynamo" at level INFO.
+    `recipe` as for `qcompiler.compile`, or the folder of an artifact that it saved: then the model's weights get the
+    codes found there. `backend` "" means triton for a model on a GPU, and else reference. `inductor` hands what is
+    left of the graph to Inductor; by default it does on a GPU. `mode` says how Inductor compiles: torch.compile takes
+    it as an argument of its own, or here, but not both. With `strict`, a graph that cannot be compiled is an error.
+    What the passes did and refused is logged by "qcompiler.dynamo" at level INFO.
     """
 
     recipe: Any = "rtn-w4a16"
-    backend: str = "reference"
+    backend: str = ""
     strict: bool = False
+    inductor: bool | None = None
+    mode: str = "default"
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> "Options":
@@ -53,15 +63,21 @@ class Options:
         Traceback (most recent call last):
         ...
         qcompiler.errors.InputError: torch.compile(backend="qcompiler") has no option "recipie"; \
-did you mean "recipe"? Known: backend, recipe, strict
+did you mean "recipe"? Known: backend, inductor, mode, recipe, strict
         """
         known = [f.name for f in fields(cls)]
         for name in given:
             if name not in known:
                 raise InputError(f'torch.compile(backend="qcompiler") has no option "{name}"; {nearest(name, known)}')
         options = cls(**given)
-        lookup("backends", options.backend)
-        return cls(data_free(Recipe.parse(options.recipe)), options.backend, options.strict)
+        if options.backend:
+            lookup("backends", options.backend)
+        if options.mode not in MODES:
+            raise InputError(f'torch.compile(mode="{options.mode}"): {nearest(options.mode, MODES)}')
+        folder = Path(str(options.recipe))
+        saved = folder.is_dir() or folder.is_absolute()
+        recipe = artifact.load(folder).program if saved else data_free(Recipe.parse(options.recipe))
+        return replace(options, recipe=recipe)
 
 
 def data_free(recipe: Recipe) -> Recipe:
@@ -70,8 +86,8 @@ def data_free(recipe: Recipe) -> Recipe:
         if step.uses_data:
             raise RecipeError(
                 f'recipe "{recipe.name or recipe}" needs calibration data for its pass "{step.name}", and '
-                "torch.compile has none to give; take a recipe that needs no data, such as rtn-w4a16, or call "
-                "qcompiler.compile(model, recipe, calibration=..., example_inputs=...)"
+                "torch.compile has none to give; take a recipe that needs no data, such as rtn-w4a16, or save what "
+                "qcompiler.compile(model, recipe, calibration=..., example_inputs=...) makes, and give that folder"
             )
     return Recipe(tuple(step for step in recipe.passes if step.name not in _CHANGE_SIGNATURE), recipe.name)
 
@@ -136,7 +152,7 @@ class Graph:
 
     def _compile(self, args: Values, options: Options) -> Callable[..., Values]:
         layout = self.layout
-        answer = layout.answer if not layout.answer else on_cpu(args)
+        answer = layout.answer if not layout.answer else one_device(args, options.backend)
         if isinstance(answer, No):
             return self._fall_back(answer)
         try:
@@ -153,15 +169,20 @@ class Graph:
 
     def _lower(self, module: fx.GraphModule, inputs: tuple[Tensor, ...], options: Options) -> tuple[list[str], Lowered]:
         """The names of the inputs, and what runs the program; contracts are checked on the user's own inputs."""
-        program = capture(module, inputs)
+        here = tuple(value.cpu() for value in inputs)
+        program = capture(module, here)
         names = [i.name for i in program.inputs]
-        pipeline = Runner(Context(), [dict(zip(names, inputs, strict=True))])
-        pipeline.run(program, options.recipe.passes)
-        for record in pipeline.records:
-            log.info(
-                "%s: %d tensors; refused: %s", record.text, len(record.layers), "; ".join(record.refusals) or "none"
-            )
-        return names, place(program, [lookup("backends", options.backend)()]).backend.lower(program)
+        if isinstance(options.recipe, Recipe):
+            pipeline = Runner(Context(), [dict(zip(names, here, strict=True))])
+            pipeline.run(program, options.recipe.passes)
+            for record in pipeline.records:
+                log.info(
+                    "%s: %d tensors; refused: %s", record.text, len(record.layers), "; ".join(record.refusals) or "none"
+                )
+        else:
+            refusals = adopt(program, options.recipe)
+            log.info("weights of an artifact; refused: %s", "; ".join(map(str, refusals)) or "none")
+        return names, place(program, [backend_for(inputs, options)]).backend.lower(program)
 
     def _fall_back(self, no: No) -> Callable[..., Values]:
         """The graph as it is, with a warning; an error if the options ask for it."""
@@ -239,15 +260,18 @@ class Layout:
                 graph.output(tuple(env[result] for result in self.returned if is_tensor(result)))
             elif node.op != "placeholder":
                 env[node] = graph.node_copy(node, env.__getitem__)
+                env[node].args, env[node].kwargs = on_host(env[node].args), on_host(env[node].kwargs)
                 env[node].meta = {}
         return graph
 
     def module(self, args: Values) -> fx.GraphModule:
-        """The graph over tensors, with the parameters found in `args`."""
+        """The graph over tensors, on the CPU, with the parameters found in `args`."""
         held = [n for n in self.gm.graph.nodes if n.op in ("get_attr", "call_module")]
         attributes = {str(node.target): operator.attrgetter(str(node.target))(self.gm) for node in held}
         attributes |= {name: args[i] for i, name in self.names.items()}
-        return fx.GraphModule(attributes, self.graph)
+        # A module moves itself, a tensor is copied: the user's own stay where they are.
+        here = {k: copy.deepcopy(v).cpu() if isinstance(v, nn.Module) else v.cpu() for k, v in attributes.items()}
+        return fx.GraphModule(here, self.graph)
 
     def tensors(self, args: Values) -> tuple[Tensor, ...]:
         """The inputs of that module."""
@@ -274,6 +298,21 @@ def parameter_names(placeholders: Sequence[fx.Node], example_inputs: Sequence[An
     return found
 
 
+def on_host(values: Any) -> Any:
+    """Arguments with every GPU in them replaced by the CPU, where programs are made.
+
+    >>> on_host((torch.device("cuda", 1), {"device": "cuda"}, 3))
+    (device(type='cpu'), {'device': 'cpu'}, 3)
+    """
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.device) and value.type == "cuda":
+            return torch.device("cpu")
+        return "cpu" if isinstance(value, str) and re.fullmatch(r"cuda(:\d+)?", value) else value
+
+    return fx.node.map_aggregate(values, moved)
+
+
 def is_tensor(result: Any) -> bool:
     """Whether a value that a graph returns is a tensor: a node that is not known to be a number."""
     return isinstance(result, fx.Node) and not isinstance(
@@ -281,12 +320,31 @@ def is_tensor(result: Any) -> bool:
     )
 
 
-def on_cpu(args: Values) -> bool | No:
-    """True if all tensors are on the CPU."""
-    for value in args:
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            return No(f"its tensors are on {value.device}, and programs run on the CPU; move the model there")
+def one_device(args: Values, backend: str) -> bool | No:
+    """True if all tensors are on one device, and the backend that was asked for runs there."""
+    devices = sorted({str(value.device) for value in args if isinstance(value, Tensor)})
+    if len(devices) > 1:
+        return No(f"its tensors are on {' and '.join(devices)}; move them to one device")
+    kind = devices[0].partition(":")[0] if devices else "cpu"
+    if kind not in ("cpu", "cuda"):
+        return No(f"its tensors are on {devices[0]}, and programs run on CPUs and CUDA GPUs")
+    if kind == "cuda" and backend not in ("", "triton"):
+        return No(f"its tensors are on {devices[0]}, and the backend {backend} runs programs on the CPU; take triton")
     return True
+
+
+def backend_for(inputs: Sequence[Tensor], options: Options) -> Backend:
+    """The backend that was asked for, or the usual one of the device; Inductor behind it if that is wanted."""
+    device = inputs[0].device if inputs else torch.device("cpu")
+    chosen = lookup("backends", options.backend or ("triton" if device.type == "cuda" else "reference"))()
+    wanted = device.type == "cuda" if options.inductor is None else options.inductor
+    known = {f.name for f in fields(chosen)} if is_dataclass(chosen) else set()
+    if wanted and "inductor" not in known:
+        raise InputError(f"the backend {chosen.name} leaves nothing to Inductor; drop inductor=True")
+    # A module of the user's keeps the dtypes that the user gave it.
+    given = {"inductor": options.mode if wanted else "", "dtype": "", "device": str(device)}
+    found: Backend = replace(chosen, **{name: value for name, value in given.items() if name in known})
+    return found
 
 
 def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:

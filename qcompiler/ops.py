@@ -109,18 +109,9 @@ def embedding(ids: Tensor, parts: Sequence[Tensor], *, spec: str) -> Tensor:
     """Rows `ids` of the dequantized weight [n, k]; returns [*ids.shape, k]. Only the rows asked for are decoded."""
     weight = QTensor.from_parts(parts, spec)
     flat = ids.reshape(-1)
-    rowwise = {
-        name: part[flat] if part.shape[:1] == (weight.rows,) else part
-        for name, part in weight.parts().items()
-        if "." not in name
-    }
-    nested = len(rowwise) < len(weight.parts())  # a second level: its rows are not ours
-    if nested or weight.axis not in (-1, 1):
+    if not weight.by_row:
         return weight.dequantize()[ids].clone()
-    shared = {name: part for name, part in rowwise.items() if name in ("codebook", "boundaries", "permutation")}
-    rowwise |= {name: getattr(weight, name) for name in shared}
-    picked = weight.with_parts(**rowwise, shape=(flat.shape[0], weight.shape[1]))
-    return picked.dequantize().view(*ids.shape, weight.columns).clone()
+    return weight.take(flat).dequantize().view(*ids.shape, weight.columns).clone()
 
 
 def onnx(model: Tensor, inputs: Sequence[Tensor], *, op: str) -> list[Tensor]:

@@ -92,6 +92,19 @@ class Program:
         values = env[self.output_node]
         return dict(zip(self.outputs, values, strict=True))
 
+    def module(self) -> fx.GraphModule:
+        """The graph as a module that PyTorch compiles: called with all inputs in order, it returns all outputs."""
+        names = {name: f"tensor_{i}" for i, name in enumerate(self.tensors)}
+        graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in self.graph.nodes:
+            env[node] = graph.node_copy(node, env.__getitem__)
+            if node.op == "get_attr":
+                env[node].target = names[str(node.target)]
+        root = torch.nn.Module()
+        for name, tensor in self.tensors.items():
+            root.register_buffer(names[name], tensor)
+        return fx.GraphModule(root, graph)
+
     def bind(self, inputs: Mapping[str, Tensor]) -> dict[fx.Node, Any]:
         """The placeholders' values: those given, and defaults for the others."""
         known = {i.name for i in self.inputs}

@@ -360,6 +360,17 @@ class QTensor:
             size *= length
         return size
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each row has codes and scales of its own: groups along the columns, and no second level."""
+        return self.axis in (-1, 1) and not any(isinstance(part, QTensor) for part in (self.scale, self.minimum))
+
+    def take(self, rows: Tensor) -> "QTensor":
+        """The tensor of some of its rows, int64 [count], where it is `by_row`."""
+        own = {name: part for name, part in self.parts().items() if name in ("codes", "scale", "zero", "minimum")}
+        taken = {name: part[rows] if part.shape[:1] == (self.rows,) else part for name, part in own.items()}
+        return self.with_parts(**taken, shape=(rows.shape[0], self.shape[1]))
+
     def with_parts(self, **parts: Any) -> "QTensor":
         """A copy with some fields replaced."""
         return replace(self, **parts)

@@ -3,11 +3,13 @@
 import copy
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import qcompiler
 import qcompiler.dynamo
 from qcompiler.errors import InputError, QCompilerError, RecipeError
 from qcompiler.scheme import QTensor, Scheme
@@ -30,6 +32,18 @@ class Mlp(nn.Module):
             torch._dynamo.graph_break()
         y = self.down(h) + self.shift
         return (y, x.shape[0] * 2) if self.count else y
+
+
+class Gated(nn.Module):
+    """A gated MLP, whose first two layers the pass fuse joins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(64, 64, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.relu(self.gate(x)) * self.up(x))
+        return y
 
 
 @pytest.fixture(autouse=True)
@@ -221,3 +235,66 @@ def test_nothing_global_changes() -> None:
 def test_the_entry_point_is_ours() -> None:
     assert "qcompiler" in torch.compiler.list_backends()
     assert torch._dynamo.lookup_backend("qcompiler") is qcompiler.dynamo.backend
+
+
+def test_inductor_compiles_what_is_left() -> None:
+    """The operators that Inductor cannot see into are called by it, and the result is the same."""
+    model, x = Mlp(), torch.randn(4, 64)
+    run = compiled(model, inductor=True, mode="reduce-overhead", strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), rounded(twin(model))(x))
+        torch.testing.assert_close(run(torch.randn(7, 64)).shape, torch.Size([7, 64]))
+
+
+def test_an_artifact_gives_its_codes(tmp_path: Path) -> None:
+    """A recipe that needs data was run once, on another instance of the model; what fuse joined is taken apart."""
+    model = Gated()
+    samples = [{"x": torch.randn(16, 64)} for _ in range(2)]
+    session = qcompiler.compile(
+        model, "canonicalize, gptq{scheme=int4:g32 include=*}, fuse", calibration=samples, example_inputs=samples[0]
+    )
+    session.save(tmp_path / "saved")
+    x = torch.randn(5, 64)
+    run = compiled(copy.deepcopy(model), str(tmp_path / "saved"), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), session.program(x=x)["output"])
+        assert not torch.equal(run(x), model(x))
+        with pytest.raises(InputError, match=r"no weight of the artifact fits this model: up\.weight: .* not \["):
+            compiled(Mlp(), str(tmp_path / "saved"), strict=True)(x)
+        other = Gated()
+        with pytest.raises(InputError, match=r"gate\.weight: the artifact's stands for other values"):
+            compiled(other, str(tmp_path / "saved"), strict=True)(x)
+
+
+@pytest.mark.parametrize(
+    ("devices", "backend", "words"),
+    [
+        (["cpu", "meta"], "", "on cpu and meta; move them to one device"),
+        (["meta"], "", "on meta, and programs run on CPUs and CUDA GPUs"),
+    ],
+)
+def test_devices_are_checked(devices: list[str], backend: str, words: str) -> None:
+    answer = qcompiler.dynamo.one_device(tuple(torch.empty(1, device=device) for device in devices), backend)
+    assert not answer
+    assert words in str(answer)
+
+
+def test_a_model_on_a_gpu_gets_the_triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be asked for there: the user's own dtype, and Inductor for the rest."""
+
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+    chosen = qcompiler.dynamo.backend_for([OnGpu()], qcompiler.dynamo.Options(mode="reduce-overhead"))  # type: ignore[list-item]
+    assert (chosen.name, chosen.dtype, chosen.device, chosen.inductor) == ("triton", "", "cuda:0", "reduce-overhead")  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="onnxruntime leaves nothing to Inductor"):
+        qcompiler.dynamo.backend_for([], qcompiler.dynamo.Options(backend="onnxruntime", inductor=True))
+
+
+def test_a_mode_of_torch_compile_is_taken() -> None:
+    model, x = Mlp(), torch.randn(4, 64)
+    with torch.no_grad():
+        run = torch.compile(model, backend="qcompiler", mode="reduce-overhead")
+        torch.testing.assert_close(run(x), rounded(twin(model), "int4:g64:asym")(x))
+        with pytest.raises(InputError, match='mode="fast"'):
+            compiled(Mlp(), mode="fast")(x)

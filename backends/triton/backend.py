@@ -22,15 +22,16 @@ class Triton(Backend):
     """Run programs on a GPU: quantized layers in kernels, all else in PyTorch.
 
     Floats become `dtype` ("bfloat16" or "float16"; "" keeps the program's own). `device` is where the program runs.
-    A decoding step over caches of fixed size is captured in a CUDA graph unless `graphs` is off; `inductor` compiles
-    what is left to PyTorch. With TRITON_INTERPRET=1, the device "cpu" works too, very slowly: for tests.
+    A decoding step over caches of fixed size is captured in a CUDA graph unless `graphs` is off; `inductor` names a
+    mode of torch.compile for what is left to PyTorch. With TRITON_INTERPRET=1 the device "cpu" works too, very slowly,
+    for tests.
     """
 
     name: ClassVar[str] = "triton"
     dtype: str = "bfloat16"
     device: str = "cuda"
     graphs: bool = True
-    inductor: bool = False
+    inductor: str = ""
 
     def available(self) -> Answer:
         """True, or what is missing: the package, or a GPU that is new enough."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from qcompiler.backends.triton.caches import Caches, fixed_step
 from qcompiler.backends.triton.lowering import Lowered
@@ -23,7 +23,7 @@ class TritonRunner(Runner):
         self.program, self.device, self.kernels = lowered.program, lowered.device, lowered.kernels
         self.refusals = tuple(lowered.refusals)
         self.options = options
-        self.call = compiled(module_of(self.program), options)
+        self.call = compiled(self.program, options)
         self.step = fixed_step(self.program) if self.program.caches else No(NO_CACHE)
         if isinstance(self.step, No) and self.program.caches:
             self.refusals += (self.step.at("triton: decoding without a CUDA graph"),)
@@ -50,23 +50,10 @@ class TritonRunner(Runner):
         return {"device": str(self.device), "dtype": self.options.dtype, "kernels": self.kernels}
 
 
-def module_of(program: Program) -> fx.GraphModule:
-    """The graph as a module that PyTorch compiles and runs; it is called with all inputs in order."""
-    names = {name: f"tensor_{i}" for i, name in enumerate(program.tensors)}
-    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in program.graph.nodes:
-        env[node] = graph.node_copy(node, env.__getitem__)
-        if node.op == "get_attr":
-            env[node].target = names[str(node.target)]
-    root = torch.nn.Module()
-    for name, tensor in program.tensors.items():
-        root.register_buffer(names[name], tensor)
-    return fx.GraphModule(root, graph)
-
-
-def compiled(module: fx.GraphModule, options: "Triton") -> Any:
-    """The module, or Inductor's version of it."""
-    return torch.compile(module, dynamic=True) if options.inductor else module
+def compiled(program: Program, options: "Triton") -> Any:
+    """What runs a program: its module, or what Inductor makes of that."""
+    module = program.module()
+    return torch.compile(module, dynamic=True, mode=options.inductor) if options.inductor else module
 
 
 class GrowingDecoder(Decoder):
@@ -90,7 +77,7 @@ class TritonDecoder(Decoder):
 
     def __init__(self, runner: TritonRunner, step: Program, caches: Caches) -> None:
         self.runner, self.caches = runner, caches
-        self.call = compiled(module_of(step), runner.options)
+        self.call = compiled(step, runner.options)
         self.ids = torch.zeros(caches.batch, 1, dtype=torch.int64, device=runner.device)
         self.positions = torch.zeros_like(self.ids)
         self.places = torch.zeros(caches.batch, dtype=torch.int32, device=runner.device)
