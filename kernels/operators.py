@@ -10,11 +10,14 @@ Nothing is registered when this module is imported: the first use of `qct.<name>
 |---|---|
 | `qct.linear_wq` | x times a packed weight of 2, 3, 4 or 8 bits transposed, plus bias |
 | `qct.linear_a8` | x rounded to 8 bits or fewer, times a packed weight transposed, in integers, plus bias |
+| `qct.linear_codes` | the same over codes that are there already |
+| `qct.norm_quantize` | a norm, perhaps of a sum, stored in another order and rounded |
 | `qct.attend` | new keys and values stored in a cache of fixed size, and attention over what it holds |
 """
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,11 +30,16 @@ from qcompiler.kernels.kv_append import kv_append
 from qcompiler.kernels.linear_a8 import linear_a8
 from qcompiler.kernels.linear_wq import linear_wq
 from qcompiler.kernels.records import join, numbers
+from qcompiler.ops import reordered_norm
 from qcompiler.rounding import activation_scheme, codes_of
+from qcompiler.scheme import Scheme
 
 SCHEMAS = {
     "linear_wq": "(Tensor x, Tensor[] weight, Tensor? bias=None, *, str spec) -> Tensor",
     "linear_a8": "(Tensor x, Tensor[] weight, Tensor[] grid, Tensor? bias=None, *, str spec) -> Tensor",
+    "linear_codes": "(Tensor codes, Tensor scale, Tensor zero, Tensor[] weight, Tensor? bias=None, "
+    "*, str spec, ScalarType dtype) -> Tensor",
+    "norm_quantize": "(Tensor x, Tensor? residual, Tensor[] norm, *, str spec) -> (Tensor, Tensor, Tensor, Tensor)",
     "attend": "(Tensor q, Tensor k, Tensor v, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor places, "
     "*, str key_spec, str value_spec, float scale, int left=-1) -> Tensor",
 }
@@ -62,15 +70,54 @@ def run_linear_a8(
     x: Tensor, weight: Sequence[Tensor], grid: Sequence[Tensor], bias: Tensor | None = None, *, spec: str
 ) -> Tensor:
     """x [..., k], rounded by the PackedIntegers' scheme (static: to `grid`), times its weight, in integers."""
+    kind = activation_scheme(join(weight, spec).activation)
+    return run_linear_codes(*_rounded(x, grid, kind), weight, bias, spec=spec, dtype=x.dtype)
+
+
+def run_linear_codes(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    weight: Sequence[Tensor],
+    bias: Tensor | None = None,
+    *,
+    spec: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Codes int8 [..., k], less half the levels, times the weight [n, k] of a PackedIntegers transposed: [..., n].
+
+    `scale` and `zero` float32 [...] are each token's, of a dynamic activation; zero is less half the levels too.
+    """
     record = join(weight, spec)
-    kind = activation_scheme(record.activation)
-    codes, scale, zero = codes_of(x, grid, kind)
-    whole = (codes - (kind.levels >> 1)).flatten(-2)[..., : x.shape[-1]]
-    if not on_kernels(x):
-        return _integers_by_meaning(whole, scale, zero, record, bias).to(x.dtype)
-    shift = zero - (kind.levels >> 1)
-    token = [part.expand_as(scale).flatten().contiguous() for part in (scale, shift)] if kind.dynamic else []
-    return linear_a8(whole.to(torch.int8).contiguous(), record, token, bias, x.dtype)
+    if not on_kernels(codes):
+        return _integers_by_meaning(codes, scale, zero, record, bias).to(dtype)
+    token = [scale.flatten(), zero.flatten()] if activation_scheme(record.activation).dynamic else []
+    return linear_a8(codes.contiguous(), record, token, bias, dtype)
+
+
+def run_norm_quantize(
+    x: Tensor, residual: Tensor | None, norm: Sequence[Tensor], *, spec: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The norm of a NormQuantize over x (plus residual) [..., width], rounded.
+
+    Returns codes int8 [..., width], less half the levels; scale and zero float32 [...], as `linear_codes` takes them;
+    and the sum of x and residual (x, where there is none).
+    """
+    record = join(norm, spec)
+    kind, lead = activation_scheme(record.scheme), x.shape[:-1]
+    if on_kernels(x):
+        rows = [None if part is None else part.reshape(-1, x.shape[-1]).contiguous() for part in (x, residual)]
+        found = record(*rows)
+        none = x.new_zeros((found.codes.shape[0],), dtype=torch.float32)
+        scale, zero = (none if part is None else part for part in (found.scale, found.zero))
+        added = x.clone() if found.added is None else found.added.view(x.shape)
+        return found.codes.view(x.shape), scale.view(lead), zero.view(lead), added
+    added = x.clone() if residual is None else x + residual
+    order = torch.arange(x.shape[-1]) if record.order is None else record.order.long()
+    normed = reordered_norm(added.float(), None, None, order, kind=record.kind, eps=record.eps) * record.weight
+    normed = (normed if record.bias is None else normed + record.bias).to(x.dtype)
+    grid = [part for part in (record.scale, record.zero) if part is not None]  # one for each channel
+    return *_rounded(normed, grid, kind if kind.dynamic else replace(kind, granularity="channel", group_size=0)), added
 
 
 def run_attend(
@@ -102,12 +149,22 @@ def run_attend(
     return attention_kvq(newest, *caches, begins, ends, scale)[:, :, None].to(q.dtype)
 
 
+def _rounded(x: Tensor, grid: Sequence[Tensor], kind: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 [..., k] less half the levels; and scale and zero [...] of a dynamic activation, else zeros."""
+    codes, scale, zero = codes_of(x, grid, kind)
+    whole = (codes - (kind.levels >> 1)).flatten(-2)[..., : x.shape[-1]].to(torch.int8)
+    if not kind.dynamic:
+        none = x.new_zeros(x.shape[:-1], dtype=torch.float32)
+        return whole, none, none.clone()
+    return whole, scale.flatten(-3), (zero - (kind.levels >> 1)).expand_as(scale).flatten(-3).contiguous()
+
+
 def _integers_by_meaning(whole: Tensor, scale: Tensor, zero: Tensor, record: Any, bias: Tensor | None) -> Tensor:
-    """What linear_a8 computes, run by run, float32 [..., n]; `whole` [..., k] are codes less half the levels."""
+    """What linear_a8 computes, run by run, float32 [..., n]; `whole` int8 [..., k] are codes less half the levels."""
     kind, lift = activation_scheme(record.activation), 16 if record.scheme.bits == 4 else 1
     n, k = record.shape
     steps = (record.unpack().double() - (record.scheme.levels >> 1)) * lift
-    shift = (zero - (kind.levels >> 1)).expand_as(scale).flatten(-2) if kind.dynamic else None  # [..., 1]
+    shift = zero[..., None] if kind.dynamic else None
     total = torch.zeros(*whole.shape[:-1], n, device=whole.device)
     for run, start in enumerate(range(0, k, record.run)):
         stop = min(start + record.run, k)
@@ -115,7 +172,7 @@ def _integers_by_meaning(whole: Tensor, scale: Tensor, zero: Tensor, record: Any
         share = record.starts[run, :n].double()
         if not kind.symmetric:
             sums = sums + share if shift is None else sums - share * shift
-        factor = record.factors[run, :n] if shift is None else record.factors[run, :n] * scale.flatten(-2)
+        factor = record.factors[run, :n] if shift is None else record.factors[run, :n] * scale[..., None]
         total += sums.float() * factor
     return total if bias is None else total + bias
 
@@ -141,6 +198,15 @@ def _fake_linear_wq(x, weight, bias=None, *, spec):
 
 def _fake_linear_a8(x, weight, grid, bias=None, *, spec):
     return x.new_empty((*x.shape[:-1], numbers(spec)["shape"][0]))
+
+
+def _fake_linear_codes(codes, scale, zero, weight, bias=None, *, spec, dtype):
+    return codes.new_empty((*codes.shape[:-1], numbers(spec)["shape"][0]), dtype=dtype)
+
+
+def _fake_norm_quantize(x, residual, norm, *, spec):
+    token = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return torch.empty_like(x, dtype=torch.int8), token, torch.empty_like(token), torch.empty_like(x)
 
 
 def _fake_attend(q, k, v, keys, values, places, *, key_spec, value_spec, scale, left=-1):

@@ -30,7 +30,7 @@ def split(record: Any) -> tuple[list[Tensor], str]:
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     plain = {name: _written(value) for name, value in values.items() if name not in tensors}
     kind = f"{type(record).__module__}.{type(record).__qualname__}"
-    return list(tensors.values()), json.dumps({"kind": kind, "tensors": list(tensors), **plain})
+    return list(tensors.values()), json.dumps({"record": kind, "tensors": list(tensors), "plain": plain})
 
 
 def join(parts: Sequence[Tensor], spec: str) -> Any:
@@ -42,7 +42,7 @@ def join(parts: Sequence[Tensor], spec: str) -> Any:
 def numbers(spec: str) -> dict[str, Any]:
     """What a text says beside the tensors: enough for shapes.
 
-    >>> numbers('{"kind": "qcompiler.kernels.norm_quantize.NormQuantize", "tensors": [], "eps": 0.5}')
+    >>> numbers('{"record": "qcompiler.kernels.norm_quantize.NormQuantize", "tensors": [], "plain": {"eps": 0.5}}')
     {'eps': 0.5}
     """
     return _read(spec).plain
@@ -58,9 +58,9 @@ class _Spec:
 @functools.lru_cache(maxsize=4096)
 def _read(spec: str) -> _Spec:
     found = json.loads(spec)
-    module, _, name = found.pop("kind").rpartition(".")
-    tensors = tuple(found.pop("tensors"))
-    return _Spec(getattr(importlib.import_module(module), name), tensors, {k: _meant(v) for k, v in found.items()})
+    module, _, name = found["record"].rpartition(".")
+    plain = {key: _meant(value) for key, value in found["plain"].items()}
+    return _Spec(getattr(importlib.import_module(module), name), tuple(found["tensors"]), plain)
 
 
 def _written(value: Any) -> Any:

@@ -14,9 +14,11 @@ import qcompiler
 from qcompiler.backends.triton import Triton
 from qcompiler.backends.triton.caches import fixed_step
 from qcompiler.backends.triton.narrow import narrow
+from qcompiler.backends.triton.runner import TritonRunner
 from qcompiler.compiler import capture
 from qcompiler.errors import BackendError, No
 from qcompiler.kernels import operators
+from qcompiler.kernels.norm_quantize import NormQuantize
 from qcompiler.kernels.packed_integers import PackedIntegers
 from qcompiler.kernels.packed_weight import PackedWeight
 from qcompiler.kernels.records import join, split
@@ -34,6 +36,7 @@ RECIPES = {
     "W4A16": f"{W4}, kv_cache",
     "W3A16": "canonicalize, rtn{scheme=int3:g32}, kv_cache",
     "W4A8": "canonicalize, fuse, rtn{scheme=int4:g32}, " + A8 + ", kv_cache",
+    "W4A8 static": "canonicalize, fuse, rtn{scheme=int4:g32}, activations{scheme=int8:g32:asym}, integers, kv_cache",
     "W4A16KV8": f"{W4}, {KV8}, kv_cache",
 }
 
@@ -222,3 +225,29 @@ def test_nothing_is_registered_at_import() -> None:
 
     code = "import torch, qcompiler.kernels.operators; print(hasattr(torch.ops.qct, 'linear_wq'))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("scheme", ["int8:token:dynamic", "int8:token:asym:dynamic", "int8:g32:asym"])
+def test_norms_mean_the_same_on_the_cpu(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes by kernel and without differ where a value lies between two, and by no more than that."""
+    x, residual, order = torch.randn(2, 3, 64), torch.randn(2, 3, 64), torch.randperm(64)
+    grid = () if "dynamic" in scheme else (torch.tensor([0.02, 0.03]), torch.tensor([120, 130]))
+    norm = NormQuantize.pack(torch.rand(64), torch.randn(64), order, grid, kind="layer", eps=1e-5, scheme=scheme)
+    found = []
+    for interpreted in (True, False):
+        monkeypatch.setattr(operators, "on_kernels", lambda x, here=interpreted: here)
+        found.append(operators.qct.norm_quantize(x, residual, *[split(norm)[0]], spec=split(norm)[1]))
+    for kernel, meaning in zip(*found, strict=True):
+        assert kernel.shape == meaning.shape
+        far = (kernel.float() - meaning.float()).abs()
+        assert float(far.max()) <= (1 if kernel.dtype == torch.int8 else 1e-5)
+    assert float((found[0][0] != found[1][0]).float().mean()) < 0.01
+
+
+def test_a_norm_adds_and_rounds_in_one_launch(model: torch.nn.Module) -> None:
+    session = qcompiler.compile(model, RECIPES["W4A8"], backend=on_cpu())
+    assert session.report.details["kernels"] == {"norm_quantize": 4, "linear_w4a8": 8}
+    assert isinstance(session.runner, TritonRunner)
+    lines = str(session.runner.program).splitlines()
+    sums = [line for line in lines if "aten.add" in line]
+    assert len(sums) == 1  # the last: the other three are the norms' own

@@ -1,0 +1,102 @@
+"""Norms that round what they make: the sum before a norm, the norm and the rounding after it in one launch."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompiler.kernels.norm_quantize import NormQuantize
+from qcompiler.kernels.operators import qct
+from qcompiler.kernels.records import split
+from qcompiler.ops import qc
+from qcompiler.program import Program, Type
+from qcompiler.rounding import activation_scheme
+
+aten = torch.ops.aten
+NORMS: dict[Any, str] = {aten.rms_norm.default: "rms", aten.layer_norm.default: "layer", qc.reordered_norm: ""}
+
+
+def fuse_norms(program: Program, layers: Sequence[fx.Node]) -> int:
+    """Let every norm that feeds only some of these integer layers, of one rounding, store codes; returns how many do.
+
+    `codes_of_norm` then tells what such a layer reads instead of its input.
+    """
+    fused = 0
+    for node in program.calls(*NORMS):
+        readers = list(node.users)
+        if any(reader not in layers or not _same_rounding(reader, readers[0]) for reader in readers):
+            continue
+        scheme = activation_scheme(str(readers[0].kwargs["scheme"]))
+        width = node.meta["type"].shape[-1]
+        if (scheme.dynamic and scheme.granularity != "token") or not isinstance(width, int):
+            continue
+        _fuse(program, node, readers)
+        fused += 1
+    return fused
+
+
+def codes_of_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Codes, scale and zero point, where the layer's input is a norm that stores these."""
+    found: tuple[fx.Node, fx.Node, fx.Node] | None = node.meta.get("codes")
+    return found
+
+
+def _same_rounding(reader: fx.Node, first: fx.Node) -> bool:
+    if reader.target is not qc.integer_linear or reader.kwargs["scheme"] != first.kwargs["scheme"]:
+        return False
+    mine, theirs = ([str(part.target) for part in node.args[2]] for node in (reader, first))  # type: ignore[union-attr]
+    return mine == theirs
+
+
+def _fuse(program: Program, node: fx.Node, readers: list[fx.Node]) -> None:
+    given = _arguments(program, node)
+    grid = tuple(program.tensors[str(part.target)] for part in readers[0].args[2])  # type: ignore[union-attr]
+    norm = NormQuantize.pack(*given, grid, **_kind(node), scheme=str(readers[0].kwargs["scheme"]))
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    kind = x.meta["type"]
+    whole = x.target is aten.add.Tensor and not x.kwargs and all(_like(a, kind) for a in x.args) and _first(x) is node
+    with program.graph.inserting_before(node):
+        parts, spec = split(norm)
+        stored = [program.store(f"{node.name}::norm{i}", part, like=node) for i, part in enumerate(parts)]
+        types = (Type(kind.shape, torch.int8), *[Type(kind.shape[:-1], torch.float32)] * 2, kind)
+        args = (*(x.args if whole else (x, None)), stored)
+        called = program.call(qct.norm_quantize, args, {"spec": spec}, like=node, type=types)
+        pieces = [program.call(operator.getitem, (called, i), like=node, type=types[i]) for i in range(4)]
+    for reader in readers:
+        reader.meta["codes"] = tuple(pieces[:3])
+    if whole:  # what reads the sum, reads the kernel's; it comes no earlier than the norm
+        for user in [user for user in x.users if user is not node]:
+            user.replace_input_with(x, pieces[3])
+
+
+def _first(value: fx.Node) -> fx.Node:
+    """The first in the graph of those that read a value."""
+    node = value.next
+    while node not in value.users:
+        node = node.next
+    return node
+
+
+def _like(value: Any, kind: Type) -> bool:
+    return isinstance(value, fx.Node) and value.op != "get_attr" and value.meta["type"] == kind
+
+
+def _arguments(program: Program, node: fx.Node) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weight, bias and order, the weight in ones where there is none."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    found = [program.tensor_of(given.get(name)) for name in ("weight", "bias", "order")]
+    width = node.meta["type"].shape[-1]
+    device = next(iter(program.tensors.values())).device
+    return torch.ones(width, device=device) if found[0] is None else found[0], found[1], found[2]
+
+
+def _kind(node: fx.Node) -> dict[str, Any]:
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    default = torch.finfo(node.meta["type"].dtype).eps if node.target is aten.rms_norm.default else 1e-5
+    eps = given.get("eps")
+    return {"kind": given.get("kind") or NORMS[node.target], "eps": default if eps is None else eps}
