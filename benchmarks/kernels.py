@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,8 +22,10 @@ from typing import Any
 
 import torch
 import triton
+from kernel_peers import peers
 from torch import Tensor
 
+from qcompiler.errors import No
 from qcompiler.kernels.cost import Cost
 from qcompiler.kernels.dequantize_wq import linear_decoded
 from qcompiler.kernels.linear_a8 import cost as cost_a8
@@ -160,6 +163,24 @@ def weight_only(shape: tuple[int, int], base: dict[int, float], sweep: bool) -> 
                 print(f"  W{width} {n}x{k} M={tokens}: best {best(packed, stock, x)}, by rule {rule(packed, tokens)}")
 
 
+def others(shape: tuple[int, int], base: dict[int, float]) -> Iterator[Row]:
+    """The kernels of other people that are installed here; for the rest it is said why not."""
+    n, k = shape
+    nothing = Cost(n * k // 2, 0)
+    for name, make in peers(n, k, copies_of(n * k // 2)):
+        if isinstance(make, No):
+            print(f"not measured: {make}", flush=True)
+            continue
+        for tokens in (1, 16, 32, 64, 128):
+            x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
+            try:
+                took = seconds(make(x))
+            except Exception as error:  # noqa: BLE001  a peer's own
+                print(f"not measured: {name} M={tokens}: {error}".splitlines()[0], flush=True)
+                continue
+            yield Row(name, shape, tokens, took, replace(nothing, operations=2 * tokens * n * k), base[tokens])
+
+
 def rule(packed: PackedWeight, tokens: int) -> Config:
     """What `configure` chooses."""
     n, k = packed.shape
@@ -219,6 +240,7 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
         base = {tokens: dense(shape, tokens) for tokens in (1, 8, 16, 32, 64, 128, 256, 512, 2048)}
         yield from weight_only(shape, base, options.sweep)
         yield from integers(shape, base)
+        yield from others(shape, base)
     yield from norms()
 
 
@@ -227,6 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
     parser.add_argument("--sweep", action="store_true", help="try other configurations too")
+    parser.add_argument("--no-models", action="store_true", help="leave out kernel_models.py")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no GPU here: nothing is measured. What needs none: make kernels-check")
@@ -252,6 +275,8 @@ def main() -> None:
         "rows": found,
     }
     RESULTS.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    if not options.no_models:
+        subprocess.run([sys.executable, str(Path(__file__).with_name("kernel_models.py"))], check=True)
 
 
 if __name__ == "__main__":
