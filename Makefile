@@ -35,9 +35,10 @@ types: dev  ## mypy, strict
 bench: dev  ## measure, and write the numbers to benchmarks/
 	$(PY) benchmarks/run.py $(ARGS)
 
-bench-quality: dev  ## perplexity by method and configuration, into docs/quality.md: ARGS='--text FILE'
+bench-quality: decoder  ## perplexity by method and configuration, into docs/quality.md: ARGS='--text FILE'
 	$(PY) benchmarks/methods.py $(ARGS)
 	$(PY) benchmarks/rptq.py $(ARGS)
+	$(PY) benchmarks/methods.py --model build/decoder --text build/decoder/held_out.txt
 
 kernels-check: dev  ## compile every kernel without a GPU; registers, spills and instructions into benchmarks/results
 	$(PY) benchmarks/sass.py $(ARGS)
