@@ -86,15 +86,21 @@ def take_top(collected, words):
 
 
 @triton.jit
+def half_of(pair, group, DTYPE: tl.constexpr):
+    """The 16-bit float of an even group in the low half of int32 words, of an odd one in the high half."""
+    return (pair >> ((group & 1) * 16)).to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
 def grid_of(pair, more, group, BITS: tl.constexpr, GRID: tl.constexpr, DTYPE: tl.constexpr):
     """What `unpack` multiplies by and adds for a group, [n] each, from its words of scales, and zero points or minima.
 
     The addend is -zero * scale, rounded; of a symmetric grid exact, as zero is a power of two. With 8 bits and a zero
     point of their own it is -zero. A minimum is the addend itself.
     """
-    multiplier = (pair >> ((group & 1) * 16)).to(tl.int16).to(DTYPE, bitcast=True)
+    multiplier = half_of(pair, group, DTYPE)
     if GRID == MINIMA:
-        addend = (more >> ((group & 1) * 16)).to(tl.int16).to(DTYPE, bitcast=True)
+        addend = half_of(more, group, DTYPE)
     else:
         middle = tl.full(pair.shape, 1 << (BITS - 1), tl.int16)
         code = middle if GRID == MIDDLE else (more >> ((group & 3) * 8) & 255).to(tl.int16)
