@@ -7,7 +7,6 @@ would save 0.12 bits of 4.25, three bytes in a hundred, and cost a look-up in me
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import triton
@@ -112,17 +111,20 @@ def linear_nf4_kernel(
     store_sums(acc, row_scale, bias, out, m, n, tokens, N, HAS_BIAS)
 
 
-@dataclass(frozen=True, eq=False)
-class PackedCodebook:
-    """A weight [n, k] with a codebook: `places` holds the places of its codes, packed, and `codebook` what they mean.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PackedCodebook(PackedWeight):
+    """A weight [n, k] with a codebook: its words hold the places of its codes in the tables (codebook.py).
 
-    `row_scale` float32 [n, filled up] is that of `places`, and the unit of the tables.
+    - `places`: uint8 [16], the place of each code
+    - `tables`: int32 [8]
+    - `codebook`: float32 [16]
+    - `unit`: what entries are multiplied by after they were looked up; it is in `row_scale` already
     """
 
-    places: PackedWeight
-    tables: Tables
+    places: Tensor
+    tables: Tensor
     codebook: Tensor
-    row_scale: Tensor
+    unit: float
 
     @classmethod
     def pack(cls, weight: QTensor, dtype: torch.dtype = torch.float16, columns: int = 0) -> "PackedCodebook":
@@ -130,27 +132,24 @@ class PackedCodebook:
         assert weight.codebook is not None
         tables = Tables.of(weight.codebook, dtype)
         assert isinstance(tables, Tables)
-        tables = replace(tables, **{name: getattr(tables, name).to(weight.codes.device) for name in _TENSORS})
-        places = tables.places[weight.unpacked().int()]
+        places = tables.places.to(weight.codes.device)
         scale = weight.scale.dequantize() if isinstance(weight.scale, QTensor) else weight.scale
-        plain = weight.with_parts(codes=pack_bits(places, BITS), scale=scale, codebook=None)
-        packed = PackedWeight.pack(plain, dtype, columns)
-        return cls(packed, tables, weight.codebook, packed.row_scale * (tables.unit * LEAST[dtype]))
+        codes = pack_bits(places[weight.unpacked().int()], BITS)
+        packed = PackedWeight.pack(weight.with_parts(codes=codes, scale=scale, codebook=None), dtype, columns)
+        return cls(
+            **vars(packed) | {"row_scale": packed.row_scale * (tables.unit * LEAST[dtype])},
+            places=places,
+            tables=tables.registers.to(places.device),
+            codebook=weight.codebook,
+            unit=tables.unit,
+        )
 
     def unpack(self) -> QTensor:
         """The record that was packed: codes and codebook exactly, scales as they were rounded, on one level."""
-        plain = self.places.unpack()
-        codes = torch.argsort(self.tables.places).to(torch.uint8)[plain.unpacked().int()]
+        row_scale = self.row_scale / (self.unit * LEAST[self.dtype])
+        plain = PackedWeight.unpack(replace(self, row_scale=row_scale))
+        codes = torch.argsort(self.places).to(torch.uint8)[plain.unpacked().int()]
         return plain.with_parts(codes=pack_bits(codes, BITS), codebook=self.codebook)
-
-    def to(self, device: torch.device | str) -> "PackedCodebook":
-        """The same on another device."""
-        moved: dict[str, Any] = {name: getattr(self.tables, name).to(device) for name in _TENSORS}
-        tables = replace(self.tables, **moved)
-        return PackedCodebook(self.places.to(device), tables, self.codebook.to(device), self.row_scale.to(device))
-
-
-_TENSORS = ("places", "registers")
 
 
 def configure(n: int, k: int, columns: int, tokens: int, device: Device = H200) -> Config:
@@ -164,28 +163,27 @@ def linear_nf4(x: Tensor, weight: PackedCodebook, bias: Tensor | None = None, co
 
     With a permuted weight (act-order) x holds its channels in the stored order: the op before stores them so.
     """
-    places = weight.places
-    n, k = places.shape
+    n, k = weight.shape
     tokens = x.numel() // k
-    chosen = config or configure(n, k, places.columns, tokens, device_of(x))
-    tiles = places.words.shape[0]
+    chosen = config or configure(n, k, weight.columns, tokens, device_of(x))
+    tiles = weight.words.shape[0]
     out = x.new_empty((*x.shape[:-1], n))
     partial = out
     if chosen.split > 1:
         partial = x.new_empty((chosen.split, chosen.tokens, tiles * ROWS), dtype=torch.float32)
     linear_nf4_kernel[tiles, chosen.split, triton.cdiv(tokens, chosen.tokens)](
         x,
-        places.words,
-        places.scales,
-        weight.tables.registers,
+        weight.words,
+        weight.scales,
+        weight.tables,
         weight.row_scale,
         out if bias is None else bias,
         partial,
-        places.arrived,
+        weight.arrived,
         out,
         tokens,
         HAS_BIAS=bias is not None,
-        **constants(places.shape, places.group, places.columns, chosen),
+        **constants(weight.shape, weight.group, weight.columns, chosen),
         num_warps=chosen.warps,
         num_stages=chosen.stages,
     )
@@ -194,7 +192,7 @@ def linear_nf4(x: Tensor, weight: PackedCodebook, bias: Tensor | None = None, co
 
 def cost(weight: PackedCodebook, tokens: int, device: Device = H200) -> Cost:
     """What a launch reads, writes and computes."""
-    return linear_wq.cost(weight.places, tokens, device)
+    return linear_wq.cost(weight, tokens, device)
 
 
 ARGUMENTS = {name: kind for name, kind in linear_wq.ARGUMENTS.items() if name != "zeros"} | {"tables": "*i32"}

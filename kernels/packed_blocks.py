@@ -63,7 +63,7 @@ def suits(weight: QTensor) -> Answer:
 
 @dataclass(frozen=True, eq=False)
 class PackedBlocks:
-    """A weight [n, k] of one of KINDS, for activations in `dtype`; 4.625 bits a weight for Q4_K, 6.625 for Q6_K.
+    """A weight [n, k] of one of KINDS, for activations in `dtype`: 4.625 bits a weight for Q4_K, 6.625 for Q6_K.
 
     The codes of both levels are kept as they are. The steps are written as shares of a power of two for each row, which
     the kernel multiplies by at the end of a row's sum: in float16 exactly, unless those of a row differ by 2^29.
@@ -77,7 +77,7 @@ class PackedBlocks:
     - `arrived`: int32 [tiles of n], zero between launches
     """
 
-    kind: Kind
+    name: str
     shape: tuple[int, int]
     dtype: torch.dtype
     words: Tensor
@@ -108,7 +108,7 @@ class PackedBlocks:
         ]
         words = pack_planes(weight.unpacked(), kind.bits, ROWS, kind.group * Cells.of(kind.bits).planes)
         return cls(
-            kind=kind,
+            name=kind.name,
             shape=(n, k),
             dtype=dtype,
             words=words,
@@ -142,6 +142,11 @@ class PackedBlocks:
         """The same on another device."""
         moved: dict[str, Any] = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, **moved)
+
+    @property
+    def kind(self) -> Kind:
+        """What `name` stands for."""
+        return next(kind for kind in KINDS if kind.name == self.name)
 
     @property
     def nbytes(self) -> int:
