@@ -10,7 +10,6 @@ The result is that of qc.integer_linear to the last bit. What makes it fast besi
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,6 +20,7 @@ from qcompiler.kernels.cost import H200, Cost, Device, device_of
 from qcompiler.kernels.packed_integers import MAGIC, WIDTH, PackedIntegers
 from qcompiler.kernels.packed_weight import ROWS
 from qcompiler.kernels.sass import Build
+from qcompiler.kernels.split import Config, add_parts, leave_part, parts_of_k, token_block
 from qcompiler.rounding import activation_scheme
 from qcompiler.target import Kernel, bits, channel_or_group, integer_codes, k_at_most, matrix, without
 
@@ -122,18 +122,11 @@ def linear_a8_kernel(
         x_at += WIDTH * FIELDS
 
     if SPLIT > 1:
-        # Integers: whoever comes last may add them up in any order, but finds all of them.
         SUM: tl.constexpr = BM * FULL
         part_at = partial + m[None, :] * FULL + n[:, None]
-        tl.store(part_at + split * SUM, acc)
-        tl.debug_barrier()  # every thread's part is written before one of them says so
-        before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
-        if before < SPLIT - 1:
+        if leave_part(acc, part_at, arrived + tile, split, SUM, SPLIT):
             return
-        tl.store(arrived + tile, 0)  # ready for the next launch
-        acc = tl.zeros((BN, BM), tl.int32)
-        for part in tl.static_range(SPLIT):
-            acc += tl.load(part_at + part * SUM, cache_modifier=".cg")
+        acc = add_parts(acc, part_at, arrived + tile, SUM, SPLIT)
     if not GROUPED:
         if SHIFTED:
             share = tl.load(starts + n)[:, None]
@@ -144,25 +137,13 @@ def linear_a8_kernel(
     tl.store(out + m[None, :] * N + n[:, None], total.to(out.dtype.element_ty), mask=there & (n[:, None] < N))
 
 
-@dataclass(frozen=True)
-class Config:
-    """How a launch is cut up: tokens of a program, parts of k, warps, stages of the pipeline."""
-
-    tokens: int
-    split: int
-    warps: int = 4
-    stages: int = 4
-
-
 def configure(n: int, steps: int, grouped: bool, tokens: int, device: Device = H200) -> Config:
     """The configuration for a weight of n rows in `steps` tiles each, and `tokens` tokens, by rule.
 
     Only a single run can be split: floats must be added up in the order of the meaning.
     """
-    block = next((size for size in (8, 16, 32, 64) if tokens <= size), 64 if grouped else 128)
-    wanted = -(-2 * device.processors // -(-n // ROWS))
-    split = max(1, min(wanted, steps // 4, 16)) if tokens <= block and not grouped else 1
-    split = -(-steps // -(-steps // split))
+    block = token_block(tokens, 64 if grouped else 128)
+    split = parts_of_k(n, steps, device) if tokens <= block and not grouped else 1
     crowded = block == 128 or (block == 64 and grouped)  # for the registers of 4 warps
     return Config(block, split, warps=8 if crowded else 4, stages=4 if block <= 32 else 3)
 

@@ -9,13 +9,10 @@ and an FMA unpack (planes.py). What else keeps it low:
 - A tile of words is contiguous in memory; scales come two, zero points four to an int32, so that they too can be
   copied ahead by cp.async, which takes no less than 4 bytes.
 - The group's scale is in the FMA that unpacks. The sum stays in the tensor cores; no group ends it.
-
-Where the tiles of n are fewer than the machine's processors, k is split, and the program that comes last adds up the
-parts in order: no float is added atomically, so the same input gives the same bits.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -26,6 +23,7 @@ from qcompiler.kernels.cost import H200, Cost, Device, device_of
 from qcompiler.kernels.packed_weight import COLUMNS, ROWS, PackedWeight, group_of, tile_columns
 from qcompiler.kernels.planes import MIDDLE, MINIMA, grid_of, take_top, unpack
 from qcompiler.kernels.sass import Build
+from qcompiler.kernels.split import Config, add_parts, leave_part, parts_of_k, store_sums, token_block
 from qcompiler.scheme import Scheme
 from qcompiler.target import Kernel, bits, channel_or_group, integer_codes, matrix, without
 
@@ -116,50 +114,26 @@ def linear_wq_kernel(
         x_at += BK
 
     if SPLIT > 1:
-        # Each part is written; who comes last finds all of them and adds them up in order.
         SUM: tl.constexpr = BM * FULL
         part_at = partial + m[None, :] * FULL + n[:, None]
-        tl.store(part_at + split * SUM, acc)
-        tl.debug_barrier()  # every thread's part is written before one of them says so
-        before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
-        if before < SPLIT - 1:
+        if leave_part(acc, part_at, arrived + tile, split, SUM, SPLIT):
             return
-        tl.store(arrived + tile, 0)  # ready for the next launch
-        acc = tl.zeros((BN, BM), tl.float32)
-        for part in tl.static_range(SPLIT):
-            acc += tl.load(part_at + part * SUM, cache_modifier=".cg")
-    acc = acc * tl.load(row_scale + n)[:, None]
-    if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0)[:, None].to(tl.float32)
-    tl.store(out + m[None, :] * N + n[:, None], acc.to(DTYPE), mask=there & (n[:, None] < N))
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a launch is cut up: tokens of a program, parts of k, warps, stages of the pipeline."""
-
-    tokens: int
-    split: int
-    warps: int = 4
-    stages: int = 4
+        acc = add_parts(acc, part_at, arrived + tile, SUM, SPLIT)
+    store_sums(acc, row_scale, bias, out, m, n, tokens, N, HAS_BIAS)
 
 
 def configure(n: int, k: int, columns: int, bits: int, tokens: int, device: Device = H200) -> Config:
     """The configuration for a weight [n, k] in tiles of `columns`, and `tokens` tokens: by rule, nothing is tried out.
 
-    Two programs to a processor hide each other's waiting, and so share its memory; a part of k of less than four steps
-    never fills the pipeline.
+    Two programs share a processor's memory.
     """
-    block = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
+    block = token_block(tokens, 128)
     words = ROWS * columns * bits // 8
     if 2 * (words + 2 * block * columns) > device.shared - 8192:  # of which scales and zero points get less
         block = 64
     stages = device.shared // 2 // (words + 2 * block * columns)
     stages = max(2, min(stages, 3 if words >= 16384 else 4))
-    wanted = -(-2 * device.processors // -(-n // ROWS))
-    steps = -(-k // columns)
-    split = max(1, min(wanted, steps // 4, 16)) if tokens <= block else 1
-    split = -(-steps // -(-steps // split))  # with as many steps each, the last parts may have none
+    split = parts_of_k(n, -(-k // columns), device) if tokens <= block else 1
     crowded = block == 128 or (block == 64 and bits == 2 and device.capability < 90)  # for the registers of 4 warps
     return Config(block, split, warps=8 if crowded else 4, stages=stages)
 

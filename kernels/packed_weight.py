@@ -1,7 +1,7 @@
 """PackedWeight: a quantized weight in the layout that the weight-only kernels read."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ class PackedWeight:
         packed = pack_bits(codes, self.scheme.bits)
         return QTensor(self.scheme, self.shape, packed, scale, zero, minimum, permutation=self.permutation)
 
-    def to(self, device: torch.device | str) -> "PackedWeight":
+    def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
         tensors: dict[str, Any] = {
             name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)

@@ -10,6 +10,7 @@ No code is shuffled, converted from an integer or written to shared memory.
 | 2 | 1 | 8, at bits 0, 2, ... 14 |
 | 3 | 3 | 5 in each word at bits 0, 3, ... 12; the 16th is spread over the three bits 15, the first word's the highest |
 | 4 | 1 | 4 |
+| 6 | 3 | 2 in each word at bits 0 and 6; 2 more in bits 12 to 15: of each four in the first two, two in the last |
 | 8 | 1 | 2 |
 
 A code alone in the low bits of a 16-bit float is a *subnormal number*: v at bit b of an fp16 is exactly v * 2^(b-24),
@@ -52,6 +53,15 @@ CENTER_BF16 = tl.constexpr(
     "{ .reg .b32 s, t, one, none; mov.b32 one, 0x3f803f80; mov.b32 none, 0x80008000; and.b32 s, $2, 31;"
     " shr.b32 t, $1, s; and.b32 t, t, $3; fma.rn.bf16x2 t, t, one, $5; fma.rn.bf16x2 $0, t, $4, none; }"
 )
+# Of the last two planes of 6 bits: $0 = the highest four bits of $1, above them the two of $2 from bit 12 or 14 on.
+JOIN_12 = tl.constexpr(
+    "{ .reg .b32 s, t; shr.b32 s, $1, 12; and.b32 s, s, 0x000f000f; shr.b32 t, $2, 8; and.b32 t, t, 0x00300030;"
+    " or.b32 $0, s, t; }"
+)
+JOIN_14 = tl.constexpr(
+    "{ .reg .b32 s, t; shr.b32 s, $1, 12; and.b32 s, s, 0x000f000f; shr.b32 t, $2, 10; and.b32 t, t, 0x00300030;"
+    " or.b32 $0, s, t; }"
+)
 # $0 = 2 * $1 plus bit 15 of $2.
 TAKE_TOP = tl.constexpr(
     "{ .reg .b32 s, t; shl.b32 s, $1, 1; shr.b32 t, $2, 15; and.b32 t, t, 0x00010001; or.b32 $0, s, t; }"
@@ -86,15 +96,28 @@ def take_top(collected, words):
 
 
 @triton.jit
+def join_six(low, high, PLANE: tl.constexpr):
+    """Plane 6 or 7 of 6-bit codes, in the low bits of int16 words, from a cell's first or second word and its third."""
+    ASM: tl.constexpr = JOIN_12 if PLANE == 6 else JOIN_14
+    return tl.inline_asm_elementwise(ASM, "=r,r,r", (low, high), tl.int16, is_pure=True, pack=2)
+
+
+@triton.jit
+def half_of(pair, group, DTYPE: tl.constexpr):
+    """The 16-bit float of an even group in the low half of int32 words, of an odd one in the high half."""
+    return (pair >> ((group & 1) * 16)).to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
 def grid_of(pair, more, group, BITS: tl.constexpr, GRID: tl.constexpr, DTYPE: tl.constexpr):
     """What `unpack` multiplies by and adds for a group, [n] each, from its words of scales, and zero points or minima.
 
     The addend is -zero * scale, rounded; of a symmetric grid exact, as zero is a power of two. With 8 bits and a zero
     point of their own it is -zero. A minimum is the addend itself.
     """
-    multiplier = (pair >> ((group & 1) * 16)).to(tl.int16).to(DTYPE, bitcast=True)
+    multiplier = half_of(pair, group, DTYPE)
     if GRID == MINIMA:
-        addend = (more >> ((group & 1) * 16)).to(tl.int16).to(DTYPE, bitcast=True)
+        addend = half_of(more, group, DTYPE)
     else:
         middle = tl.full(pair.shape, 1 << (BITS - 1), tl.int16)
         code = middle if GRID == MIDDLE else (more >> ((group & 3) * 8) & 255).to(tl.int16)
@@ -118,8 +141,9 @@ class Cells:
 
     @classmethod
     def of(cls, bits: int) -> "Cells":
-        """The cells of a code width of 2, 3, 4 or 8 bits."""
-        return cls(bits, 3, 5, 16) if bits == 3 else cls(bits, 1, 16 // bits, 16 // bits)
+        """The cells of a code width of 2, 3, 4, 6 or 8 bits."""
+        found = {3: cls(3, 3, 5, 16), 6: cls(6, 3, 2, 8)}
+        return found.get(bits) or cls(bits, 1, 16 // bits, 16 // bits)
 
 
 def pack_planes(codes: Tensor, bits: int, rows: int, columns: int) -> Tensor:
@@ -141,6 +165,9 @@ def pack_planes(codes: Tensor, bits: int, rows: int, columns: int) -> Tensor:
             whole |= planes[word * cells.fields + field].int() << (field * bits)
         if bits == 3:
             whole |= (planes[15].int() >> (2 - word) & 1) << 15
+        if bits == 6:
+            rest = (planes[6] & 15, planes[7] & 15, planes[6] >> 4 | planes[7] >> 4 << 2)
+            whole |= rest[word].int() << 12
         packed.append(whole.to(torch.int16))
     return torch.stack(packed, dim=2).contiguous()
 
@@ -153,5 +180,7 @@ def unpack_planes(words: Tensor, bits: int, n: int, k: int) -> Tensor:
     planes = [whole[word] >> (field * bits) & mask for word in range(cells.words) for field in range(cells.fields)]
     if bits == 3:
         planes.append((whole[0] >> 15 << 2) | (whole[1] >> 15 << 1) | whole[2] >> 15)
+    if bits == 6:
+        planes += [whole[0] >> 12 | (whole[2] >> 12 & 3) << 4, whole[1] >> 12 | whole[2] >> 14 << 4]
     tiled = torch.stack(planes).permute(1, 3, 2, 0, 4)  # [tiles of n, rows, tiles of k, planes, width]
     return tiled.reshape(tiled.shape[0] * tiled.shape[1], -1)[:n, :k].to(torch.uint8)

@@ -183,7 +183,8 @@ class QTensor:
     """A quantized tensor in the canonical layout; `dequantize()` is its definition.
 
     The group axis is moved last and the tensor seen as a matrix of rows and columns; then
-    `value = scale * (code - zero)`, or `scale * code + minimum`, or `scale * codebook[code]`.
+    `value = scale * (code - zero)`, or `scale * code + minimum`, or `scale * codebook[code]`, plus the minimum if there
+    is one (the offset of bitsandbytes' quantized scales).
 
     - `codes`: uint8 [rows, ceil(columns * bits / 8)], one bit stream per row (`pack_bits`)
     - `scale`: float16/32 [rows, groups] ([1, 1] per tensor, [rows, 1] per channel), or itself a QTensor
@@ -265,6 +266,8 @@ class QTensor:
         codes, scale = self._by_group(self.unpacked()), _floats(self.scale)
         if self.codebook is not None:
             value = self.codebook[codes.long()] * self._spread(scale)
+            if self.minimum is not None:
+                value = value + self._spread(_floats(self.minimum))
         elif self.minimum is not None:
             value = codes.float() * self._spread(scale) + self._spread(_floats(self.minimum))
         elif self.zero is not None:

@@ -144,6 +144,49 @@ def take_top(collected: Any, words: Any) -> np.ndarray:
     return collected.view(np.uint16) << 1 | words.view(np.uint16) >> 15
 
 
+def join_six(low: Any, high: Any, shift: int) -> np.ndarray:
+    return low.view(np.uint16) >> np.uint16(12) | high.view(np.uint16) >> np.uint16(shift) & np.uint16(0x30)
+
+
+def decode_f16(words: Any, shift: Any, raised: Any, taken: Any, steps: Any) -> np.ndarray:
+    codes = words.view(np.uint32) >> shift.view(np.uint32) & 0x00FF00FF | raised.view(np.uint32)
+    values = codes.view(np.float16) + taken.view(np.float16)
+    return (values * steps.view(np.float16)).view(np.int32)
+
+
+def decode_bf16(words: Any, shift: Any, raised: Any, taken: Any, steps: Any) -> np.ndarray:
+    codes = words.view(np.uint32) >> shift.view(np.uint32) & 0x00FF00FF
+    parts = (bits_to_floats(part.view(np.uint16), tl.bfloat16) for part in (codes, raised, taken, steps))
+    code, up, down, step = parts
+    values = bits_to_floats(floats_to_bits(fma(code, up, down), tl.bfloat16), tl.bfloat16)
+    return floats_to_bits(values * step, tl.bfloat16).view(np.int32)
+
+
+def picked(first: Any, second: Any, place: Any) -> np.ndarray:
+    """What PRMT picks by the four bits of `place` from the bytes of two words: a byte, or its sign eight times."""
+    word = np.where(place & 4, second, first).view(np.uint32)
+    byte = word >> (8 * (place & 3)).astype(np.uint32) & 255
+    return np.where(place & 8, np.where(byte > 127, 255, 0), byte).astype(np.uint16)
+
+
+def looked_up(words: Any, plane: int, tables: Any) -> np.ndarray:
+    """The 16-bit entries of a plane of places: what kernels/codebook.py's assembly picks."""
+    place = words.view(np.uint16) >> np.uint16(4 * plane) & np.uint16(15)
+    halves = [
+        picked(*tables[half : half + 2], place) ^ picked(*tables[half + 2 : half + 4], place ^ 8) for half in (0, 4)
+    ]
+    return halves[0] | halves[1] << np.uint16(8)
+
+
+def look_up_f16(words: Any, multiplier: Any, *tables: Any, plane: int) -> np.ndarray:
+    return looked_up(words, plane, tables).view(np.float16) * multiplier
+
+
+def look_up_bf16(words: Any, multiplier: Any, *tables: Any, plane: int) -> np.ndarray:
+    entries = bits_to_floats(looked_up(words, plane, tables), tl.bfloat16)
+    return floats_to_bits(entries * bits_to_floats(multiplier, tl.bfloat16), tl.bfloat16)
+
+
 def with_item(original: Callable[..., None]) -> Callable[..., None]:
     def wrapped(tensor: Any, scope: Any) -> None:
         original(tensor, scope)
@@ -154,7 +197,7 @@ def with_item(original: Callable[..., None]) -> Callable[..., None]:
 
 def install() -> None:
     """Patch the interpreter, once."""
-    from qcompiler.kernels import linear_a8, planes
+    from qcompiler.kernels import codebook, linear_a8, linear_gguf, planes
 
     builder = InterpreterBuilder
     if builder.create_inline_asm is inline_asm:
@@ -173,6 +216,14 @@ def install() -> None:
     ASSEMBLY[planes.UNPACK_BF16.value] = unpack_bf16
     ASSEMBLY[planes.CENTER_F16.value] = center_f16
     ASSEMBLY[planes.CENTER_BF16.value] = center_bf16
+    for plane in range(4):
+        ASSEMBLY[codebook.LOOK_UP_F16.value[plane]] = functools.partial(look_up_f16, plane=plane)
+        ASSEMBLY[codebook.LOOK_UP_BF16.value[plane]] = functools.partial(look_up_bf16, plane=plane)
+    ASSEMBLY[planes.JOIN_12.value] = functools.partial(join_six, shift=8)
+    ASSEMBLY[planes.JOIN_14.value] = functools.partial(join_six, shift=10)
+    ASSEMBLY[linear_gguf.DECODE_F16.value] = decode_f16
+    ASSEMBLY[linear_gguf.DECODE_BF16.value] = decode_bf16
+    ASSEMBLY[codebook.SPREAD.value] = lambda word: word
     ASSEMBLY[linear_a8.HIGH.value] = lambda words: words & np.int8(-16)
     ASSEMBLY[linear_a8.LOW.value] = lambda words: words << 4
     ASSEMBLY[planes.TAKE_TOP.value] = take_top

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 from qcompiler.errors import No
 from qcompiler.kernels.attention_kvq import STEP, attention_kvq, configure, cost

@@ -6,7 +6,9 @@ links is half checked by mypy, without a word too. Hence these tests.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -100,6 +102,14 @@ def test_entry_points_exist() -> None:
         package = max((name for name in folders if f"{module}.".startswith(f"{name}.")), key=len)
         path = folders[package].joinpath(*module.removeprefix(package).strip(".").split("."))
         assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), point
+
+
+@pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton has no wheel for this machine"
+)
+def test_triton_is_there() -> None:
+    """So that an installation without it fails, and its tests are not skipped without a word."""
+    assert importlib.util.find_spec("triton"), "Triton is missing; `make dev` installs it"
 
 
 def test_modules_are_short() -> None:

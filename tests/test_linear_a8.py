@@ -6,11 +6,12 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 from qcompiler.errors import No
-from qcompiler.kernels.linear_a8 import W4A8, W8A8, Config, configure, cost, linear_a8
+from qcompiler.kernels.linear_a8 import W4A8, W8A8, configure, cost, linear_a8
 from qcompiler.kernels.packed_integers import PackedIntegers, runs_suit
+from qcompiler.kernels.split import Config
 from qcompiler.ops import qc
 from qcompiler.rounding import activation_scheme, codes_of, group_size
 from qcompiler.scheme import QTensor, Scheme

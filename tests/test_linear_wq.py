@@ -6,13 +6,14 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 from qcompiler.errors import No
 from qcompiler.kernels.cost import H200
 from qcompiler.kernels.dequantize_wq import dequantize_wq, linear_decoded
-from qcompiler.kernels.linear_wq import ACCEPTS, Config, configure, cost, linear_wq
+from qcompiler.kernels.linear_wq import ACCEPTS, configure, cost, linear_wq
 from qcompiler.kernels.packed_weight import PackedWeight
+from qcompiler.kernels.split import Config
 from qcompiler.ops import qc
 from qcompiler.scheme import QTensor, Scheme
 from tests import interpreter

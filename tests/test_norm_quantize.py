@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 from qcompiler.kernels.norm_quantize import NormQuantize
 from qcompiler.ops import qc

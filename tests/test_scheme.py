@@ -289,3 +289,12 @@ def test_names_of_nested_parts() -> None:
     assert list(records()["two levels"].parts()) == [
         *("codes", "scale.codes", "scale.scale", "scale.zero", "minimum.codes", "minimum.scale", "minimum.zero"),
     ]
+
+
+def test_a_codebook_and_a_minimum() -> None:
+    """As bitsandbytes' quantized scales are: a table of entries, a scale for each group, an offset."""
+    codebook = torch.tensor([-1.0, 0.0, 0.25, 1.0])
+    scheme, codes = Scheme.parse("nf2:g2:sym"), pack_bits(torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8), 2)
+    scale, minimum = torch.tensor([[2.0, 4.0]]), torch.tensor([[10.0, 20.0]])
+    record = QTensor(scheme, (1, 4), codes, scale, minimum=minimum, codebook=codebook)
+    assert record.dequantize().tolist() == [[8.0, 10.0, 21.0, 24.0]]
