@@ -8,7 +8,7 @@ Nothing is registered when this module is imported: the first use of `qct.<name>
 
 | op | meaning |
 |---|---|
-| `qct.linear_wq` | x times a packed weight of 2, 3, 4 or 8 bits transposed, plus bias |
+| `qct.linear` | x times a packed weight transposed, plus bias |
 | `qct.linear_a8` | x rounded to 8 bits or fewer, times a packed weight transposed, in integers, plus bias |
 | `qct.linear_codes` | the same over codes that are there already |
 | `qct.norm_quantize` | a norm, perhaps of a sum, stored in another order and rounded |
@@ -16,7 +16,7 @@ Nothing is registered when this module is imported: the first use of `qct.<name>
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,20 +28,30 @@ from qcompiler.kernels.attention_kvq import attention_kvq
 from qcompiler.kernels.dequantize_wq import FUSED, linear_decoded
 from qcompiler.kernels.kv_append import kv_append
 from qcompiler.kernels.linear_a8 import linear_a8
+from qcompiler.kernels.linear_gguf import linear_gguf
+from qcompiler.kernels.linear_nf4 import PackedCodebook, linear_nf4
 from qcompiler.kernels.linear_wq import linear_wq
+from qcompiler.kernels.packed_blocks import PackedBlocks
+from qcompiler.kernels.packed_weight import PackedWeight
 from qcompiler.kernels.records import join, numbers
 from qcompiler.ops import reordered_norm
 from qcompiler.rounding import activation_scheme, codes_of
 from qcompiler.scheme import Scheme
 
 SCHEMAS = {
-    "linear_wq": "(Tensor x, Tensor[] weight, Tensor? bias=None, *, str spec) -> Tensor",
+    "linear": "(Tensor x, Tensor[] weight, Tensor? bias=None, *, str spec) -> Tensor",
     "linear_a8": "(Tensor x, Tensor[] weight, Tensor[] grid, Tensor? bias=None, *, str spec) -> Tensor",
     "linear_codes": "(Tensor codes, Tensor scale, Tensor zero, Tensor[] weight, Tensor? bias=None, "
     "*, str spec, ScalarType dtype) -> Tensor",
     "norm_quantize": "(Tensor x, Tensor? residual, Tensor[] norm, *, str spec) -> (Tensor, Tensor, Tensor, Tensor)",
     "attend": "(Tensor q, Tensor k, Tensor v, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor places, "
     "*, str key_spec, str value_spec, float scale, int left=-1) -> Tensor",
+}
+
+LAUNCHERS: dict[type, Callable[..., Tensor]] = {
+    PackedWeight: linear_wq,
+    PackedCodebook: linear_nf4,
+    PackedBlocks: linear_gguf,
 }
 
 
@@ -52,18 +62,21 @@ def on_kernels(x: Tensor) -> bool:
     return x.is_cuda or bool(knobs.runtime.interpret)
 
 
-def run_linear_wq(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None = None, *, spec: str) -> Tensor:
-    """x [..., k] times the weight [n, k] of a PackedWeight transposed, plus bias [n]: [..., n] in x's dtype.
+def run_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None = None, *, spec: str) -> Tensor:
+    """x [..., k] times the weight [n, k] of a record in LAUNCHERS transposed, plus bias [n]: [..., n] in x's dtype.
 
-    The product is computed in the weight's dtype. A permuted weight (act-order) takes x in its logical order.
+    The product is computed in the record's dtype. A permuted weight (act-order) takes x in its logical order.
     """
     record = join(weight, spec)
     if not on_kernels(x):
         return F.linear(x, record.unpack().dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
-    inner = x if record.permutation is None else x.index_select(-1, record.permutation)
+    permutation = getattr(record, "permutation", None)
+    inner = x if permutation is None else x.index_select(-1, permutation)
     inner = inner.to(record.dtype).contiguous()
-    many = inner.numel() > FUSED * inner.shape[-1]
-    return (linear_decoded if many else linear_wq)(inner, record, bias).to(x.dtype)
+    launch = LAUNCHERS[type(record)]
+    if launch is linear_wq and inner.numel() > FUSED * inner.shape[-1]:
+        launch = linear_decoded
+    return launch(inner, record, bias).to(x.dtype)
 
 
 def run_linear_a8(
@@ -192,7 +205,7 @@ def _attend_floats(
     )
 
 
-def _fake_linear_wq(x, weight, bias=None, *, spec):
+def _fake_linear(x, weight, bias=None, *, spec):
     return x.new_empty((*x.shape[:-1], numbers(spec)["shape"][0]))
 
 
@@ -225,7 +238,7 @@ def load() -> torch.library.Library:
 
 
 class _Namespace:
-    """`qct.linear_wq` is `torch.ops.qct.linear_wq.default`, defined at first use."""
+    """`qct.linear` is `torch.ops.qct.linear.default`, defined at first use."""
 
     def __getattr__(self, name: str) -> torch._ops.OpOverload:
         if name not in SCHEMAS:

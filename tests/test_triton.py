@@ -26,7 +26,7 @@ from qcompiler.ops import qc
 from qcompiler.rounding import integer_linear
 from qcompiler.scheme import QTensor, Scheme
 from qcompiler.session import Session
-from tests import interpreter
+from tests import interpreter, test_linear_gguf, test_linear_nf4
 
 W4 = "canonicalize, fuse, rtn{scheme=int4:g64:asym}, rtn{scheme=int8:g64 include=@head}"
 A8 = "activations{scheme=int8:token:asym:dynamic}, integers"
@@ -59,7 +59,7 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture
 def ids() -> Tensor:
-    return torch.randint(0, 96, (2, 7), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, 96, (2, 5), generator=torch.Generator().manual_seed(1))
 
 
 def on_cpu(dtype: str = "", **options: bool) -> Triton:
@@ -136,9 +136,10 @@ def test_saved_artifacts_run_here_too(model: torch.nn.Module, ids: Tensor, tmp_p
 def test_layers_that_no_kernel_takes_are_decoded_and_said(model: torch.nn.Module, ids: Tensor) -> None:
     recipe = "canonicalize, rtn{scheme=int4:g16 include=*down_proj*}, rtn{scheme=int4:g32 include=*up_proj*}"
     session = qcompiler.compile(model, recipe, backend=on_cpu())
-    assert session.report.details["kernels"] == {"decoded": 2, "linear_w4a16": 2}
+    assert session.report.details["kernels"] == {"decoded": 2, "linear_wq": 2}
     assert session.report.refusals[0] == (
-        "triton: model.layers.0.mlp.down_proj: groups of 16, not one of [32, 64, 128, 256]"
+        "triton: model.layers.0.mlp.down_proj: linear_wq: groups of 16, not one of [32, 64, 128, 256]; "
+        "linear_nf4: has no codebook; linear_gguf: scales of two levels as Q4_K or Q6_K have them are wanted"
     )
     close(session(ids), qcompiler.compile(model, recipe, backend="reference")(ids), 0.02)
 
@@ -190,7 +191,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_weights_mean_the_same_on_the_cpu(scheme: str) -> None:
     weight, x, bias = weight_of(scheme), torch.randn(3, 128), torch.randn(48)
     parts, spec = split(PackedWeight.pack(weight))
-    found = operators.qct.linear_wq(x, parts, bias, spec=spec)
+    found = operators.qct.linear(x, parts, bias, spec=spec)
     close(found, qc.linear(x, list(weight.parts().values()), bias, spec=weight.spec()), 2e-3)
 
 
@@ -223,7 +224,7 @@ def test_nothing_is_registered_at_import() -> None:
     """Operators are defined at their first use, as the house rules say."""
     import subprocess
 
-    code = "import torch, qcompiler.kernels.operators; print(hasattr(torch.ops.qct, 'linear_wq'))"
+    code = "import torch, qcompiler.kernels.operators; print(hasattr(torch.ops.qct, 'linear'))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
@@ -251,3 +252,23 @@ def test_a_norm_adds_and_rounds_in_one_launch(model: torch.nn.Module) -> None:
     lines = str(session.runner.program).splitlines()
     sums = [line for line in lines if "aten.add" in line]
     assert len(sums) == 1  # the last: the other three are the norms' own
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+@pytest.mark.parametrize("name", ["linear_nf4", "linear_gguf"])
+def test_other_formats_get_their_kernels(name: str, interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A codebook, and scales of two levels: what no pass makes yet, but files hold."""
+    layer, x = torch.nn.Linear(256, 130), torch.randn(3, 256)
+    weight = test_linear_nf4.weight_of("g64", 130, 256)
+    if name == "linear_gguf":
+        weight = test_linear_gguf.weight_of("Q4_K", 130, 256)
+    program = capture(layer, (x,))
+    [linear] = program.linears()
+    program.quantize_tensor(str(linear.args[1].target), weight)  # type: ignore[union-attr]
+    runner = on_cpu("float16").lower(program)
+    assert isinstance(runner, TritonRunner)
+    assert runner.kernels == {name: 1}
+    assert not runner.refusals
+    monkeypatch.setattr(operators, "on_kernels", lambda x: interpreted)
+    [found], [expected] = (list(run.values()) for run in (runner({"input": x}), program(input=x)))
+    close(found, expected, 5e-3)

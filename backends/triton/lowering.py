@@ -10,8 +10,9 @@ from torch import Tensor, fx
 from qcompiler.backends.triton.narrow import narrow
 from qcompiler.backends.triton.norms import codes_of_norm, fuse_norms
 from qcompiler.errors import No
-from qcompiler.kernels import linear_a8, linear_wq
+from qcompiler.kernels import linear_a8, linear_gguf, linear_nf4, linear_wq
 from qcompiler.kernels.operators import qct
+from qcompiler.kernels.packed_blocks import PackedBlocks
 from qcompiler.kernels.packed_integers import PackedIntegers, runs_suit
 from qcompiler.kernels.packed_weight import PackedWeight
 from qcompiler.kernels.records import split
@@ -19,7 +20,14 @@ from qcompiler.ops import qc
 from qcompiler.program import Program
 from qcompiler.rounding import activation_scheme
 from qcompiler.scheme import QTensor
-from qcompiler.target import Answer
+from qcompiler.target import Answer, Kernel
+
+PACKED: dict[Kernel, Any] = {
+    linear_wq.KERNEL: PackedWeight,
+    linear_nf4.KERNEL: linear_nf4.PackedCodebook,
+    linear_gguf.KERNEL: PackedBlocks,
+}
+INTEGERS = (linear_a8.W4A8, linear_a8.W8A8)
 
 
 @dataclass
@@ -30,6 +38,10 @@ class Lowered:
     device: torch.device
     kernels: dict[str, int] = field(default_factory=dict)
     refusals: list[No] = field(default_factory=list)
+
+    def count(self, kernel: str) -> None:
+        """One more layer has this kernel."""
+        self.kernels[kernel] = self.kernels.get(kernel, 0) + 1
 
 
 def lowered(program: Program, dtype: str, device: torch.device) -> Lowered:
@@ -44,46 +56,64 @@ def lowered(program: Program, dtype: str, device: torch.device) -> Lowered:
     layers = _accepted(found)
     if norms := fuse_norms(copy, layers):
         found.kernels["norm_quantize"] = norms
-    packed: dict[tuple[Any, ...], tuple[list[Tensor], str]] = {}
-    for node in layers:
-        _place(found, node, packed)
+    packed: dict[Any, tuple[list[Tensor], str]] = {}
+    for node, kernel in layers.items():
+        _place(found, node, kernel, packed)
     copy.clean()
     for node in copy.calls():
         node.args, node.kwargs = (_on(values, device) for values in (node.args, node.kwargs))
     return found
 
 
-def _accepted(found: Lowered) -> list[fx.Node]:
-    """The quantized layers that a kernel takes; the others' weights are decoded."""
-    program, taken = found.program, []
+def _accepted(found: Lowered) -> dict[fx.Node, Kernel]:
+    """The quantized layers that a kernel takes, and which; the others' weights are decoded."""
+    program, taken = found.program, dict[fx.Node, Kernel]()
     refused: dict[str, torch.dtype] = {}
     for node in program.calls(qc.linear, qc.integer_linear):
-        name = _weight(node)
-        answer = _integers_accept(node, program.qtensor(name))
-        if node.target is qc.linear:
-            answer = linear_wq.ACCEPTS(program.qtensor(name))
+        answer = kernel_for(node, program.qtensor(_weight(node)))
         if isinstance(answer, No):
             found.refusals.append(answer.at(f"triton: {node.meta.get('path', node.name)}"))
-            found.kernels["decoded"] = found.kernels.get("decoded", 0) + 1
-            refused[name] = node.meta["type"].dtype
+            found.count("decoded")
+            refused[_weight(node)] = node.meta["type"].dtype
         else:
-            taken.append(node)
+            taken[node] = answer
     for name, dtype in refused.items():
         program.restore_tensor(name, program.qtensor(name).dequantize().to(dtype))
-    return [node for node in taken if _weight(node) not in refused]
+    return {node: kernel for node, kernel in taken.items() if _weight(node) not in refused}
 
 
-def _place(found: Lowered, node: fx.Node, packed: dict[tuple[Any, ...], tuple[list[Tensor], str]]) -> None:
+def kernel_for(node: fx.Node, weight: QTensor) -> Kernel | No:
+    """The first kernel that takes a layer, or every reason why none does."""
+    if node.target is qc.integer_linear:
+        answer = _activation_suits(str(node.kwargs["scheme"]), weight)
+        if isinstance(answer, No):
+            return answer
+    reasons = []
+    for kernel in PACKED if node.target is qc.linear else INTEGERS:
+        answer = kernel.accepts(weight)
+        if answer:
+            return kernel
+        reasons.append(f"{kernel.name}: {getattr(answer, 'reason', '')}")
+    return No("; ".join(reasons))
+
+
+def _activation_suits(scheme: str, weight: QTensor) -> Answer:
+    kind = activation_scheme(scheme)
+    if kind.dynamic and kind.granularity != "token":
+        return No(f"an activation {scheme} has scales within a token, and the kernel takes one of each token")
+    return runs_suit(weight, scheme)
+
+
+def _place(found: Lowered, node: fx.Node, kernel: Kernel, packed: dict[Any, tuple[list[Tensor], str]]) -> None:
     """Put a kernel's operator in the place of a quantized layer."""
     program, name, integers = found.program, _weight(node), node.target is qc.integer_linear
-    weight = program.qtensor(name)
     grid: Sequence[fx.Node] = node.args[2] if integers else ()  # type: ignore[assignment]
     key = (name, _inner(node), node.kwargs.get("scheme"), tuple(str(part.target) for part in grid))
-    if key not in packed and integers:
+    if key not in packed:
+        weight = program.qtensor(name)
         tensors = [program.tensors[str(part.target)] for part in grid]
-        packed[key] = split(PackedIntegers.pack(weight, str(node.kwargs["scheme"]), tensors))
-    elif key not in packed:
-        packed[key] = split(PackedWeight.pack(weight, _inner(node)))
+        record = PackedIntegers.pack(weight, str(node.kwargs["scheme"]), tensors) if integers else None
+        packed[key] = split(record or PACKED[kernel].pack(weight, _inner(node)))
     parts, spec = packed[key]
     with program.graph.inserting_before(node):
         stored = [program.store(f"{name}::packed{i}", part, like=node) for i, part in enumerate(parts)]
@@ -93,26 +123,13 @@ def _place(found: Lowered, node: fx.Node, packed: dict[tuple[Any, ...], tuple[li
     elif integers:
         program.replace(node, qct.linear_a8, (node.args[0], stored, grid, *node.args[3:4]), {"spec": spec})
     else:
-        program.replace(node, qct.linear_wq, (node.args[0], stored, *node.args[2:3]), {"spec": spec})
-    kernel = f"linear_w{weight.scheme.bits}{'a8' if integers else 'a16'}"
-    found.kernels[kernel] = found.kernels.get(kernel, 0) + 1
+        program.replace(node, qct.linear, (node.args[0], stored, *node.args[2:3]), {"spec": spec})
+    found.count(kernel.name)
 
 
 def _weight(node: fx.Node) -> str:
     """The name of a quantized layer's weight."""
     return str(node.args[1][0].target).partition("::")[0]  # type: ignore[index,union-attr]
-
-
-def _integers_accept(node: fx.Node, weight: QTensor) -> Answer:
-    if node.target is not qc.integer_linear:
-        return True
-    scheme = str(node.kwargs["scheme"])
-    kind = activation_scheme(scheme)
-    if kind.dynamic and kind.granularity != "token":
-        return No(f"an activation {scheme} has scales within a token, and the kernel takes one of each token")
-    if weight.scheme.bits not in (4, 8):
-        return No(f"{weight.scheme.bits} bits times integers, not 4 or 8")
-    return linear_a8.SUITABLE(weight) and runs_suit(weight, scheme)
 
 
 def _inner(node: fx.Node) -> torch.dtype:

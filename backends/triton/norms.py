@@ -1,7 +1,7 @@
 """Norms that round what they make: the sum before a norm, the norm and the rounding after it in one launch."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 NORMS: dict[Any, str] = {aten.rms_norm.default: "rms", aten.layer_norm.default: "layer", qc.reordered_norm: ""}
 
 
-def fuse_norms(program: Program, layers: Sequence[fx.Node]) -> int:
+def fuse_norms(program: Program, layers: Container[fx.Node]) -> int:
     """Let every norm that feeds only some of these integer layers, of one rounding, store codes; returns how many do.
 
     `codes_of_norm` then tells what such a layer reads instead of its input.
