@@ -1,7 +1,6 @@
 """Every kernel on the GPU at hand: time, share of its memory's speed and of its tensor cores', beside PyTorch's.
 
     python benchmarks/kernels.py            # one table, and results/kernels.json; some minutes
-    python benchmarks/kernels.py --sweep    # also tries other configurations of linear_wq, and says which were best
 
 First each kernel's result is compared with its meaning on this very GPU. Times are those of CUDA graphs over so many
 copies of a weight that none is in the cache when its turn comes; data are random. What a copy and a large bf16 product
@@ -11,10 +10,9 @@ reach here is measured in the same run, and every share is a share of that.
 import argparse
 import itertools
 import json
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,26 +21,24 @@ from typing import Any
 import torch
 import triton
 from kernel_peers import peers
-from torch import Tensor
 
 from qcompiler.errors import No
 from qcompiler.kernels.cost import Cost
 from qcompiler.kernels.dequantize_wq import linear_decoded
 from qcompiler.kernels.linear_a8 import cost as cost_a8
 from qcompiler.kernels.linear_a8 import linear_a8
-from qcompiler.kernels.linear_wq import Config, configure, linear_wq
 from qcompiler.kernels.linear_wq import cost as cost_wq
+from qcompiler.kernels.linear_wq import linear_wq
 from qcompiler.kernels.norm_quantize import NormQuantize
 from qcompiler.kernels.packed_integers import PackedIntegers
 from qcompiler.kernels.packed_weight import PackedWeight
+from qcompiler.kernels.timing import copies_of, seconds
 from qcompiler.ops import qc
 from qcompiler.rounding import activation_scheme, codes_of
 from qcompiler.scheme import QTensor, Scheme
 
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672))
-COLD = 300_000_000  # bytes that no cache holds
-Launch = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -55,33 +51,6 @@ class Row:
     seconds: float
     cost: Cost
     beside: float = 0.0  # PyTorch's seconds for the same in bf16
-
-
-def seconds(launches: Sequence[Launch], rounds: int = 7) -> float:
-    """The median time of one launch: all are captured in one CUDA graph, which is replayed."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for launch in launches[:2]:
-            launch()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for launch in launches:
-            launch()
-    found = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3 / len(launches))
-    return float(statistics.median(found[1:]))
-
-
-def copies_of(nbytes: int) -> int:
-    """How many copies of so many bytes are more than any cache holds; at least a few, so that a graph has some work."""
-    return max(4, -(-COLD // nbytes))
 
 
 def random_weight(scheme: str, n: int, k: int) -> QTensor:
@@ -144,7 +113,7 @@ def copies(packed: Any) -> list[Any]:
     ]
 
 
-def weight_only(shape: tuple[int, int], base: dict[int, float], sweep: bool) -> Iterator[Row]:
+def weight_only(shape: tuple[int, int], base: dict[int, float]) -> Iterator[Row]:
     """linear_wq, and the decoded product for many tokens."""
     n, k = shape
     for width in (4, 3, 2, 8):
@@ -159,8 +128,6 @@ def weight_only(shape: tuple[int, int], base: dict[int, float], sweep: bool) -> 
             if tokens >= 256:
                 took = seconds([partial(linear_decoded, x, w) for w in stock])
                 yield Row(f"W{width}A16 decoded", shape, tokens, took, cost_wq(packed, tokens), base[tokens])
-            if sweep and tokens <= 64:
-                print(f"  W{width} {n}x{k} M={tokens}: best {best(packed, stock, x)}, by rule {rule(packed, tokens)}")
 
 
 def others(shape: tuple[int, int], base: dict[int, float]) -> Iterator[Row]:
@@ -179,26 +146,6 @@ def others(shape: tuple[int, int], base: dict[int, float]) -> Iterator[Row]:
                 print(f"not measured: {name} M={tokens}: {error}".splitlines()[0], flush=True)
                 continue
             yield Row(name, shape, tokens, took, replace(nothing, operations=2 * tokens * n * k), base[tokens])
-
-
-def rule(packed: PackedWeight, tokens: int) -> Config:
-    """What `configure` chooses."""
-    n, k = packed.shape
-    return configure(n, k, packed.columns, packed.scheme.bits, tokens)
-
-
-def best(packed: PackedWeight, stock: list[PackedWeight], x: Tensor) -> tuple[float, Config]:
-    """The fastest of some configurations, in microseconds."""
-    tried = []
-    given = rule(packed, x.shape[0])
-    for split, stages, warps in itertools.product((1, 2, 3, 4, 6, 8), (2, 3, 4, 5), (4, 8)):
-        config = Config(given.tokens, split, warps, stages)
-        try:
-            took = seconds([partial(linear_wq, x, w, config=config) for w in stock], rounds=3)
-        except triton.runtime.errors.OutOfResources:
-            continue
-        tried.append((round(took * 1e6, 1), config))
-    return min(tried, key=lambda pair: pair[0])
 
 
 def integers(shape: tuple[int, int], base: dict[int, float]) -> Iterator[Row]:
@@ -238,7 +185,7 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
     """All rows, as they come."""
     for shape in SHAPES[: options.shapes]:
         base = {tokens: dense(shape, tokens) for tokens in (1, 8, 16, 32, 64, 128, 256, 512, 2048)}
-        yield from weight_only(shape, base, options.sweep)
+        yield from weight_only(shape, base)
         yield from integers(shape, base)
         yield from others(shape, base)
     yield from norms()
@@ -248,7 +195,6 @@ def main() -> None:
     """Check, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
-    parser.add_argument("--sweep", action="store_true", help="try other configurations too")
     parser.add_argument("--no-models", action="store_true", help="leave out kernel_models.py")
     options = parser.parse_args()
     if not torch.cuda.is_available():

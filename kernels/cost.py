@@ -28,12 +28,14 @@ DEVICES = (A100, H200, B200)
 
 def device_of(x: Tensor) -> Device:
     """The GPU that x is on, or the one that kernels are laid out for if it is on none."""
-    return _device(x.get_device()) if x.is_cuda else H200
+    return device_at(x.get_device())
 
 
 @functools.cache
-def _device(index: int) -> Device:
-    """What is known of the nearest listed GPU, with this one's processors and shared memory."""
+def device_at(index: int) -> Device:
+    """What is known of the nearest listed GPU, with this one's processors and shared memory; -1 is none."""
+    if index < 0:
+        return H200
     found = torch.cuda.get_device_properties(index)
     capability = 10 * found.major + found.minor
     listed = max((one for one in DEVICES if one.capability <= capability), key=lambda one: one.capability, default=A100)

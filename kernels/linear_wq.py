@@ -11,6 +11,7 @@ and an FMA unpack (planes.py). What else keeps it low:
 - The group's scale is in the FMA that unpacks. The sum stays in the tensor cores; no group ends it.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -19,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qcompiler.kernels.cost import H200, Cost, Device, device_of
+from qcompiler.kernels import tuned
+from qcompiler.kernels.cost import H200, Cost, Device, device_at
 from qcompiler.kernels.packed_weight import COLUMNS, ROWS, PackedWeight, group_of, tile_columns
 from qcompiler.kernels.planes import MIDDLE, MINIMA, grid_of, take_top, unpack
 from qcompiler.kernels.sass import Build
@@ -35,6 +37,7 @@ ACCEPTS = (
     & without("codebook", "boundaries")
 )
 KERNEL = Kernel("linear_wq", "linear", ACCEPTS)
+MANY = 256  # tokens: more than one block of them, so that k is not split
 
 
 @triton.jit
@@ -138,6 +141,14 @@ def configure(n: int, k: int, columns: int, bits: int, tokens: int, device: Devi
     return Config(block, split, warps=8 if crowded else 4, stages=stages)
 
 
+@functools.lru_cache(maxsize=4096)
+def config_for(scheme: Scheme, shape: tuple[int, int], columns: int, tokens: int, index: int) -> Config:
+    """The measured configuration for GPU `index` (-1: none), or the rule's, for so many tokens or a few less."""
+    if index >= 0 and (found := tuned.find(torch.cuda.get_device_name(index), tuned.key_of(scheme, shape, tokens))):
+        return found
+    return configure(*shape, columns, scheme.bits, tokens, device_at(index))
+
+
 def constants(shape: tuple[int, int], group: int, columns: int, config: Config) -> dict[str, int]:
     """What a launch fixes beside the weight's own kind."""
     n, k = shape
@@ -153,7 +164,8 @@ def linear_wq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, confi
     """
     n, k = weight.shape
     tokens = x.numel() // k
-    chosen = config or configure(n, k, weight.columns, weight.scheme.bits, tokens, device_of(x))
+    block = token_block(tokens, 128 if tokens <= 128 else MANY)
+    chosen = config or config_for(weight.scheme, weight.shape, weight.columns, block, x.get_device())
     tiles = weight.words.shape[0]
     out = x.new_empty((*x.shape[:-1], n))
     partial = out

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from qcompiler import __version__, show
-from qcompiler.errors import InputError, QCompilerError
+from qcompiler.errors import BackendError, InputError, No, QCompilerError
 from qcompiler.progress import Reporter
 from qcompiler.source import FORMS, is_artifact, resolve
 
@@ -293,6 +293,29 @@ def explain(
         _print_json(asdict(report))
     else:
         Console().print(show.report_view(report, layers=True))
+
+
+@app.command()
+def tune(
+    folder: Folder,
+    backend: Annotated[str, typer.Option("--backend", help="Whose kernels.")] = "triton",
+    as_json: Json = False,
+) -> None:
+    """Measure which configurations of its kernels are fastest here, for the layers of a compiled model; keep them.
+
+    Without it kernels take theirs by a rule: nothing is ever tried out at a first call.
+    """
+    from qcompiler import artifact
+    from qcompiler.plugins import lookup
+
+    with Reporter() as progress:
+        answer = lookup("backends", backend)().tune(artifact.load(Path(folder)).program, progress)
+    if isinstance(answer, No):
+        raise BackendError(str(answer))
+    if as_json:
+        _print_json({"file": str(answer)})
+    else:
+        Console().print(f"Kept in {answer}", markup=False)
 
 
 @app.command()

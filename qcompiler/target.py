@@ -180,6 +180,10 @@ class Backend(abc.ABC):
     def lower(self, program: Program, folder: Path | None = None) -> Runner:
         """Make the program runnable; files it needs are written to `folder` (or a temporary one)."""
 
+    def tune(self, program: Program, progress: Callable[[str, int, int], None]) -> Path | No:
+        """Measure which configurations of its kernels are fastest here; the file they are kept in."""
+        return No(f"the backend {self.name} has nothing to tune")
+
     def load(self, program: Program, folder: Path) -> Runner:
         """Make a saved artifact runnable, from the files `lower` wrote there if it wrote any."""
         return self.lower(program, folder)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -58,7 +59,18 @@ class Triton(Backend):
         from qcompiler.backends.triton.lowering import lowered
         from qcompiler.backends.triton.runner import TritonRunner
 
+        self._check()
+        return TritonRunner(lowered(program, self.dtype, torch.device(self.device)), self)
+
+    def tune(self, program: Program, progress: Callable[[str, int, int], None]) -> Path:
+        """Try configurations of linear_wq for the program's layers; later launches on this GPU take the fastest."""
+        from qcompiler.backends.triton.tuning import tune
+
+        self._check()
+        dtype = getattr(torch, self.dtype or "float16")
+        return tune(program, torch.device(self.device), dtype, progress)
+
+    def _check(self) -> None:
         answer = self.available()
         if isinstance(answer, No):
             raise BackendError(f"backend {self.name} {answer}")
-        return TritonRunner(lowered(program, self.dtype, torch.device(self.device)), self)
