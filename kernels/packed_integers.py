@@ -101,10 +101,10 @@ def runs_suit(weight: QTensor, activation: str) -> Answer:
 LIFT = {4: 16, 8: 1}  # codes of 4 bits are multiplied while they lie in the high half of a byte, sign and all
 
 
-def _of_runs(kind: Scheme, grid: Sequence[Tensor], k: int, run: int) -> tuple[Tensor, Tensor]:
+def _of_runs(kind: Scheme, grid: Sequence[Tensor], k: int, run: int) -> tuple[Tensor | float, Tensor | int]:
     """Scale (float32) and zero point less half the levels (int32) of a static activation for each run; or 1 and 0."""
     if kind.dynamic:
-        return torch.ones(1), torch.zeros(1, dtype=torch.int32)
+        return 1.0, 0
     _, scale, zero = codes_of(torch.zeros(k, device=grid[0].device), grid, kind)
     groups = torch.arange(0, k, run) // group_size(kind, k)
     middle = zero.expand_as(scale).flatten() - (kind.levels >> 1)

@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 import qcompiler
 from qcompiler.backends.triton import Triton
-from qcompiler.backends.triton.caches import fixed_step
+from qcompiler.backends.triton.caches import Caches, fixed_step
+from qcompiler.backends.triton.lowering import lowered
 from qcompiler.backends.triton.narrow import narrow
 from qcompiler.backends.triton.runner import TritonRunner
 from qcompiler.compiler import capture
@@ -22,7 +23,7 @@ from qcompiler.kernels.norm_quantize import NormQuantize
 from qcompiler.kernels.packed_integers import PackedIntegers
 from qcompiler.kernels.packed_weight import PackedWeight
 from qcompiler.kernels.records import join, split
-from qcompiler.ops import qc
+from qcompiler.ops import meaning, qc
 from qcompiler.rounding import integer_linear
 from qcompiler.scheme import QTensor, Scheme
 from qcompiler.session import Session
@@ -238,9 +239,9 @@ def test_norms_mean_the_same_on_the_cpu(scheme: str, monkeypatch: pytest.MonkeyP
     for interpreted in (True, False):
         monkeypatch.setattr(operators, "on_kernels", lambda x, here=interpreted: here)
         found.append(operators.qct.norm_quantize(x, residual, *[split(norm)[0]], spec=split(norm)[1]))
-    for kernel, meaning in zip(*found, strict=True):
-        assert kernel.shape == meaning.shape
-        far = (kernel.float() - meaning.float()).abs()
+    for kernel, other in zip(*found, strict=True):
+        assert kernel.shape == other.shape
+        far = (kernel.float() - other.float()).abs()
         assert float(far.max()) <= (1 if kernel.dtype == torch.int8 else 1e-5)
     assert float((found[0][0] != found[1][0]).float().mean()) < 0.01
 
@@ -272,3 +273,33 @@ def test_other_formats_get_their_kernels(name: str, interpreted: bool, monkeypat
     monkeypatch.setattr(operators, "on_kernels", lambda x: interpreted)
     [found], [expected] = (list(run.values()) for run in (runner({"input": x}), program(input=x)))
     close(found, expected, 5e-3)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        f"{W4}, {KV4}, kv_cache",
+        "canonicalize, fuse, rtn{scheme=int4:g32}, " + A8 + ", kv_cache",
+        "canonicalize, fuse, rtn{scheme=int4:g32}, activations{scheme=int8:g32:asym}, integers, kv_cache",
+        (
+            "canonicalize, rotate, rptq, rtn{scheme=int4:g32}, activations{scheme=nf4:g32:dynamic}, "
+            "kv{key=int4:channel:asym:dynamic block=4 value=int4:g32:asym:dynamic recent=2 first=1}, kv_cache"
+        ),
+    ],
+)
+def test_nothing_stays_behind_on_the_cpu(recipe: str, model: torch.nn.Module, ids: Tensor) -> None:
+    """On the device "meta" nothing is computed, but tensors of two devices do not mix: as on a GPU."""
+    meta = torch.device("meta")
+    reference = qcompiler.compile(model, recipe, backend="reference", samples=2, length=16)
+    found = lowered(reference.program, "bfloat16", meta)
+    assert {tensor.device for tensor in found.program.tensors.values()} == {meta}
+    for node in found.program.calls():  # what really runs on a GPU, not what was registered for shapes
+        node.target = meaning(node.target)
+    outputs = found.program.module()(*found.program.bind({"input_ids": ids.to(meta)}).values())
+    assert {value.device for value in outputs} == {meta}
+    assert outputs[0].shape == (2, ids.shape[1], 96)
+    if step := fixed_step(found.program):
+        caches = Caches.empty(found.program, 2, 16, meta)
+        one = torch.zeros(2, 1, dtype=torch.int64, device=meta)
+        [logits] = step.module()(one, one, torch.zeros(2, dtype=torch.int32, device=meta), *caches.tensors)
+        assert (logits.device, logits.shape) == (meta, (2, 1, 96))
