@@ -26,6 +26,7 @@ import kernels_page
 import triton
 
 from qcompiler.kernels import (
+    attention_floats,
     attention_kvq,
     dequantize_wq,
     kv_append,
@@ -39,7 +40,17 @@ from qcompiler.kernels.cost import DEVICES, Device
 from qcompiler.kernels.sass import Build, Reading, compile_and_read
 
 RESULTS = Path(__file__).parent / "results" / "sass.json"
-MODULES = (linear_wq, linear_nf4, linear_gguf, linear_a8, norm_quantize, attention_kvq, kv_append, dequantize_wq)
+MODULES = (
+    linear_wq,
+    linear_nf4,
+    linear_gguf,
+    linear_a8,
+    norm_quantize,
+    attention_kvq,
+    attention_floats,
+    kv_append,
+    dequantize_wq,
+)
 HELD = (80, 90)
 SLACK = 1.02  # of instructions for a weight, between two versions of ptxas
 

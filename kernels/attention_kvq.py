@@ -1,27 +1,36 @@
-"""attention_kvq: one new token's attention over keys and values of 4 or 8 bits, as kv_append stores them.
+"""attention_kvq: one new token's attention over keys and values of 3, 4 or 8 bits, or NF4, as kv_append stores them.
 
 A decoding step reads the whole cache once. Its codes lie in planes along the channels (planes.py): an AND and a product
-unpack two channels at once, in the order of the tensor cores. Scales and zero points belong to a token: a key's are
-applied to its score, a value's to its weight, and the codes stay whole numbers. Query heads that share a key head are
-the rows of one product.
+unpack two channels at once, in the order of the tensor cores. Scales and zero points of a token are applied to a key's
+score and to a value's weight, group by group of channels, and the codes stay whole numbers. Keys with a scale for each
+channel over a block of tokens (KIVI, arXiv 2402.02750) get theirs in the very FMA that unpacks: it costs nothing, and
+what folding the scales into the query would cost for each block is saved. Query heads that share a key head are the
+rows of one product.
 
 The tokens are split over programs; each leaves its sum, its largest score and the sum of its weights, which a second,
-small kernel puts together (flash decoding).
+small kernel puts together (flash decoding). Tokens that keep their floats are one more part (attention_floats.py).
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qcompiler.kernels.attention_floats import attend_floats, join_parts
+from qcompiler.kernels.codebook import load_tables, look_up
 from qcompiler.kernels.cost import H200, Cost, Device, device_of
-from qcompiler.kernels.kv_append import QuantizedCache
-from qcompiler.kernels.planes import MIDDLE, unpack
+from qcompiler.kernels.kv_cache import KvWindow, QuantizedCache, nf4, spread, windowed
+from qcompiler.kernels.planes import MIDDLE, take_top, unpack
 from qcompiler.kernels.sass import Build
+from qcompiler.scheme import Scheme
 
-STEP = 128  # tokens of a pass through the loop
+# Tokens of a pass through the loop, if keys are not in smaller blocks; and warps. With 3 bits a plane is 16 channels:
+# Triton gives such a product's rows, not its columns, to several warps, and all of them would unpack the same.
+STEPS = {3: 64, 4: 128, 8: 128}
+WARPS = {3: 1, 4: 4, 8: 4}
 LIFTED = tl.constexpr(64.0)  # weights times a value's scale are small; 16 bits hold them better so
 
 
@@ -34,12 +43,41 @@ def grid_pair(pair):
 
 
 @triton.jit
+def load_cell(at, seen, BITS: tl.constexpr, WIDTH: tl.constexpr):
+    """The words of a token's cell, three with 3 bits; else the one, three times."""
+    word0 = tl.load(at, mask=seen, other=0)
+    if BITS == 3:
+        word1 = tl.load(at + WIDTH, mask=seen, other=0)
+        word2 = tl.load(at + 2 * WIDTH, mask=seen, other=0)
+    else:
+        word1, word2 = word0, word0
+    return word0, word1, word2
+
+
+@triton.jit
+def plane_of(cell, multiplier, addend, tables, PLANE: tl.constexpr, BITS: tl.constexpr, TABLED: tl.constexpr):
+    """Plane PLANE of a cell, times `multiplier` and plus `addend` (unless TABLED), both [rows]."""
+    if TABLED:
+        values = look_up(cell[0], multiplier, tables, PLANE)
+    elif BITS != 3:
+        values = unpack(cell[0], multiplier, addend, PLANE, BITS, MIDDLE)
+    elif PLANE < 15:
+        values = unpack(cell[PLANE // 5], multiplier, addend, PLANE % 5, BITS, MIDDLE)
+    else:
+        spare = take_top(take_top(take_top(tl.zeros_like(cell[0]), cell[0]), cell[1]), cell[2])
+        values = unpack(spare, multiplier, addend, 0, BITS, MIDDLE)
+    return values
+
+
+@triton.jit
 def attention_kvq_kernel(
     q,
     keys,
     values,
     key_grids,
     value_grids,
+    units,
+    tables,
     begins,
     ends,
     sums,
@@ -51,56 +89,100 @@ def attention_kvq_kernel(
     D: tl.constexpr,
     CAPACITY: tl.constexpr,
     BITS: tl.constexpr,
+    TABLED: tl.constexpr,
+    KEY_GROUPS: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RECENT: tl.constexpr,
+    FIRST: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     LEAST: tl.constexpr,
+    KEY_SPREAD: tl.constexpr,
+    VALUE_SPREAD: tl.constexpr,
 ):
-    """q [batch, KV_HEADS * HEADS, D] over caches int16 [batch, KV_HEADS, CAPACITY, D * BITS / 16], part by part.
+    """q [batch, KV_HEADS * HEADS, D] over caches of kv_cache.QuantizedCache, part by part.
 
-    Program (i, j) takes batch and key head i, and the j-th part of tokens begins to ends [batch]. It writes sums
-    float32 [i, SPLITS, ROWS, D], and the largest score (to base 2) and the sum of weights, [i, SPLITS, ROWS].
+    Program (i, j) takes batch and key head i, and the j-th part of tokens begins + FIRST to ends - RECENT [batch], of
+    whole blocks with BLOCK. It writes sums float32 [i, PARTS, ROWS, D], and the largest score (to base 2) and the sum
+    of weights, [i, PARTS, ROWS].
     """
-    PLANES: tl.constexpr = 16 // BITS
+    PLANES: tl.constexpr = 8 if BITS == 3 else 16 // BITS
     WIDTH: tl.constexpr = D // PLANES
+    CELL: tl.constexpr = 3 * WIDTH if BITS == 3 else WIDTH
+    VALUE_PLACE: tl.constexpr = 8 if BITS == 3 else 0
     DTYPE: tl.constexpr = q.dtype.element_ty
     pair = tl.program_id(0)
     split = tl.program_id(1)
     batch = pair // KV_HEADS
-    begin = tl.load(begins + batch)
-    end = tl.load(ends + batch)
-    each = ((end - begin + SPLITS - 1) // SPLITS + STEP - 1) // STEP * STEP
+    begin = tl.load(begins + batch) + FIRST
+    end = tl.load(ends + batch) - RECENT
+    base = begin
+    if BLOCK:
+        end = tl.maximum(end, 0) // BLOCK * BLOCK
+        base = begin // BLOCK * BLOCK
+    each = ((tl.maximum(end - base, 0) + SPLITS - 1) // SPLITS + STEP - 1) // STEP * STEP
     h = tl.arange(0, ROWS)
     t = tl.arange(0, STEP)
     i = tl.arange(0, WIDTH)
     q_at = q + (pair * HEADS + h[:, None]) * D + i[None, :]
     there = h[:, None] < HEADS
-    one = tl.full((WIDTH,), 1.0 / LEAST / 512.0, tl.float32).to(DTYPE)  # codes become multiples of 1 / 512
-    ones = tl.full((STEP,), 1.0 / LEAST / 512.0, tl.float32).to(DTYPE)
+    # Codes become multiples of 1 / 512; the entries of a table are what they are.
+    unit: tl.constexpr = 1.0 if TABLED else 1.0 / LEAST / 512.0
+    one = tl.full((WIDTH,), unit, tl.float32).to(DTYPE)
+    ones = tl.full((STEP,), unit, tl.float32).to(DTYPE)
     none = tl.zeros((WIDTH,), DTYPE)
     nones = tl.zeros((STEP,), DTYPE)
+    table = load_tables(tables) if TABLED else (0, 0)
 
-    q_sum = tl.zeros((ROWS,), tl.float32)
-    for plane in tl.static_range(PLANES):
-        q_sum += tl.sum(tl.load(q_at + plane * WIDTH, mask=there, other=0.0).to(tl.float32), axis=1)
+    q_sums = ()
+    for group in tl.static_range(KEY_GROUPS):
+        q_sum = tl.zeros((ROWS,), tl.float32)
+        if not TABLED and BLOCK == 0:
+            for plane in tl.static_range(group * (PLANES // KEY_GROUPS), (group + 1) * (PLANES // KEY_GROUPS)):
+                q_sum += tl.sum(tl.load(q_at + plane * WIDTH, mask=there, other=0.0).to(tl.float32), axis=1)
+        q_sums = q_sums + (q_sum,)  # noqa: RUF005  # Triton knows no star
     high = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    offset = tl.zeros((ROWS,), tl.float32)
-    acc0 = tl.zeros((ROWS, WIDTH), tl.float32)
-    acc1 = tl.zeros((ROWS, WIDTH), tl.float32)
-    acc2 = tl.zeros((ROWS, WIDTH), tl.float32)
-    acc3 = tl.zeros((ROWS, WIDTH), tl.float32)
-    first = begin + split * each
+    offsets = ()
+    for _ in tl.static_range(VALUE_GROUPS):
+        offsets = offsets + (tl.zeros((ROWS,), tl.float32),)  # noqa: RUF005
+    accs = ()
+    for _ in tl.static_range(PLANES):
+        accs = accs + (tl.zeros((ROWS, WIDTH), tl.float32),)  # noqa: RUF005
+    first = base + split * each
     for start in tl.range(first, tl.minimum(first + each, end), STEP):
         seen = start + t < end
+        if BLOCK:
+            seen = seen & (start + t >= begin)
         token = pair.to(tl.int64) * CAPACITY + start + t
-        words = tl.trans(tl.load(keys + token[:, None] * WIDTH + i[None, :], mask=seen[:, None], other=0))
+        if BLOCK:
+            here = pair.to(tl.int64) * (CAPACITY // BLOCK) + start // BLOCK
+        cell = load_cell(keys + token[:, None] * CELL + i[None, :], seen[:, None], BITS, WIDTH)
+        cell = (tl.trans(cell[0]), tl.trans(cell[1]), tl.trans(cell[2]))
         score = tl.zeros((ROWS, STEP), tl.float32)
-        for plane in tl.static_range(PLANES):
-            rows = tl.load(q_at + plane * WIDTH, mask=there, other=0.0)
-            score = tl.dot(rows, unpack(words, one, none, plane, BITS, MIDDLE), score)
-        size, zero = grid_pair(tl.load(key_grids + token, mask=seen, other=0))
-        score = (score * 512.0 - q_sum[:, None] * zero[None, :]) * (size * scale)[None, :]
+        for group in tl.static_range(KEY_GROUPS):
+            part = tl.zeros((ROWS, STEP), tl.float32)
+            for plane in tl.static_range(group * (PLANES // KEY_GROUPS), (group + 1) * (PLANES // KEY_GROUPS)):
+                multiplier, addend = one, none
+                if BLOCK:
+                    grid_at = key_grids + here * (2 * D) + plane * WIDTH + i
+                    multiplier, addend = tl.load(grid_at), tl.load(grid_at + D)
+                rows = tl.load(q_at + plane * WIDTH, mask=there, other=0.0)
+                part = tl.dot(rows, plane_of(cell, multiplier, addend, table, plane, BITS, TABLED), part)
+            if BLOCK:
+                score = part * (tl.load(units + here) * (scale * KEY_SPREAD))
+            else:
+                size, zero = grid_pair(tl.load(key_grids + token * KEY_GROUPS + group, mask=seen, other=0))
+                part = part * KEY_SPREAD
+                if not TABLED:
+                    part -= q_sums[group][:, None] * zero[None, :]
+                if KEY_GROUPS == 1:
+                    score = part * (size * scale)[None, :]
+                else:
+                    score += part * (size * scale)[None, :]
         score = tl.where(seen[None, :], score, -1e30)
         highest = tl.maximum(high, tl.max(score, axis=1))
         fade = tl.exp2(high - highest)
@@ -108,52 +190,28 @@ def attention_kvq_kernel(
         high = highest
         total = total * fade + tl.sum(weight, axis=1)
 
-        words = tl.load(values + token[:, None] * WIDTH + i[None, :], mask=seen[:, None], other=0)
-        size, zero = grid_pair(tl.load(value_grids + token, mask=seen, other=0))
-        weight = weight * (size * LIFTED)[None, :]
-        offset = offset * fade + tl.sum(weight * zero[None, :], axis=1)
-        part = weight.to(DTYPE)
-        acc0 = tl.dot(part, unpack(words, ones, nones, 0, BITS, MIDDLE), acc0 * fade[:, None])
-        acc1 = tl.dot(part, unpack(words, ones, nones, 1, BITS, MIDDLE), acc1 * fade[:, None])
-        if PLANES > 2:
-            acc2 = tl.dot(part, unpack(words, ones, nones, 2, BITS, MIDDLE), acc2 * fade[:, None])
-            acc3 = tl.dot(part, unpack(words, ones, nones, 3, BITS, MIDDLE), acc3 * fade[:, None])
+        cell = load_cell(values + token[:, None] * CELL + i[None, :], seen[:, None], BITS, WIDTH)
+        new_accs, new_offsets = (), ()
+        for group in tl.static_range(VALUE_GROUPS):
+            size, zero = grid_pair(tl.load(value_grids + token * VALUE_GROUPS + group, mask=seen, other=0))
+            part = weight * (size * LIFTED)[None, :]
+            offset = offsets[group]
+            if not TABLED:
+                offset = offset * fade + tl.sum(part * zero[None, :], axis=1)
+            new_offsets = new_offsets + (offset,)  # noqa: RUF005
+            part = part.to(DTYPE)
+            for plane in tl.static_range(group * (PLANES // VALUE_GROUPS), (group + 1) * (PLANES // VALUE_GROUPS)):
+                codes = plane_of(cell, ones, nones, table, VALUE_PLACE + plane, BITS, TABLED)
+                new_accs = new_accs + (tl.dot(part, codes, accs[plane] * fade[:, None]),)  # noqa: RUF005
+        accs, offsets = new_accs, new_offsets
 
-    place = (pair * SPLITS + split) * ROWS + h
+    place = (pair * PARTS + split) * ROWS + h
     tl.store(largest + place, high)
     tl.store(weights + place, total)
     sums_at = sums + place[:, None] * D + i[None, :]
-    tl.store(sums_at, (acc0 * 512.0 - offset[:, None]) / LIFTED)
-    tl.store(sums_at + WIDTH, (acc1 * 512.0 - offset[:, None]) / LIFTED)
-    if PLANES > 2:
-        tl.store(sums_at + 2 * WIDTH, (acc2 * 512.0 - offset[:, None]) / LIFTED)
-        tl.store(sums_at + 3 * WIDTH, (acc3 * 512.0 - offset[:, None]) / LIFTED)
-
-
-@triton.jit
-def join_parts_kernel(
-    sums,
-    largest,
-    weights,
-    out,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PARTS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """The parts of `attention_kvq_kernel` put together: out [batch * kv_heads, HEADS, D]; program (i, j) does one."""
-    pair, head = tl.program_id(0), tl.program_id(1)
-    split = tl.arange(0, PARTS)
-    there = split < SPLITS
-    place = (pair * SPLITS + split) * ROWS + head
-    high = tl.load(largest + place, mask=there, other=-1e30)
-    factor = tl.exp2(high - tl.max(high, axis=0))
-    total = tl.sum(tl.load(weights + place, mask=there, other=0.0) * factor, axis=0)
-    d = tl.arange(0, D)
-    parts = tl.load(sums + place[:, None] * D + d[None, :], mask=there[:, None], other=0.0)
-    whole = tl.sum(parts * factor[:, None], axis=0) / total
-    tl.store(out + (pair * HEADS + head) * D + d, whole.to(out.dtype.element_ty))
+    for plane in tl.static_range(PLANES):
+        offset = offsets[plane * VALUE_GROUPS // PLANES]
+        tl.store(sums_at + plane * WIDTH, (accs[plane] * VALUE_SPREAD - offset[:, None]) / LIFTED)
 
 
 def attention_kvq(
@@ -164,106 +222,128 @@ def attention_kvq(
     ends: Tensor,
     scale: float,
     splits: int = 0,
+    window: KvWindow | None = None,
 ) -> Tensor:
     """Attention of the newest token's q [batch, heads, d], float16 or bfloat16, over cached tokens begins to ends.
 
     `begins` and `ends`, int32 [batch], leave out padding, and what a window no longer shows. Returns [batch, heads, d].
-    Keys and values have the same number of bits.
+    Keys and values are what kv_cache.suits takes; with a `window` its tokens are seen as floats, as qc.attention says.
     """
     batch, heads, d = q.shape
     kv_heads, capacity = keys.words.shape[1:3]
     pairs, group = batch * kv_heads, heads // kv_heads
-    rows = max(16, triton.next_power_of_2(group))
-    splits = splits or configure(pairs, capacity, device_of(q))
-    sums = q.new_empty((pairs, splits, rows, d), dtype=torch.float32)
-    largest, weights = q.new_empty((2, pairs, splits, rows), dtype=torch.float32)
-    attention_kvq_kernel[pairs, splits](
+    fixed = constants(q.dtype, group, keys, values, window, splits or configure(pairs, capacity, device_of(q)))
+    parts, rows = fixed["PARTS"], fixed["ROWS"]
+    sums = q.new_empty((pairs, parts, rows, d), dtype=torch.float32)
+    largest, weights = q.new_empty((2, pairs, parts, rows), dtype=torch.float32)
+    base_two = scale * 1.4426950408889634  # exp2 is what the GPU has
+    attention_kvq_kernel[pairs, fixed["SPLITS"]](
         q,
         keys.words,
         values.words,
         keys.grids,
         values.grids,
+        largest if window is None else window.units,
+        nf4(q.dtype, str(q.device)).registers if fixed["TABLED"] else keys.grids,
         begins,
         ends,
         sums,
         largest,
         weights,
-        scale * 1.4426950408889634,  # exp2 is what the GPU has
-        **constants(q.dtype, group, kv_heads, d, capacity, keys.scheme.bits, splits),
-        num_warps=4,
+        base_two,
+        **fixed,
+        num_warps=WARPS[keys.scheme.bits],
         num_stages=3,
     )
-    out = torch.empty_like(q)
-    parts = triton.next_power_of_2(splits)
-    join_parts_kernel[pairs, group](
-        sums, largest, weights, out, HEADS=group, D=d, SPLITS=splits, PARTS=parts, ROWS=rows, num_warps=4
-    )
-    return out
+    if window is not None:
+        attend_floats(q, window, begins, ends, (sums, largest, weights), base_two)
+    return join_parts(sums, largest, weights, torch.empty_like(q), group)
 
 
 def constants(
-    dtype: torch.dtype, group: int, kv_heads: int, d: int, capacity: int, width: int, splits: int
-) -> dict[str, int | float]:
-    """What a launch fixes."""
+    dtype: torch.dtype,
+    group: int,
+    keys: QuantizedCache,
+    values: QuantizedCache,
+    window: KvWindow | None = None,
+    splits: int = 1,
+) -> dict[str, Any]:
+    """What a launch fixes, for key heads that serve `group` query heads each."""
+    block, recent, first = (window.block, window.recent, window.first) if window else (0, 0, 0)
     return {
         "HEADS": group,
-        "KV_HEADS": kv_heads,
-        "D": d,
-        "CAPACITY": capacity,
-        "BITS": width,
+        "KV_HEADS": keys.words.shape[1],
+        "D": keys.d,
+        "CAPACITY": keys.words.shape[2],
+        "BITS": keys.scheme.bits,
+        "TABLED": keys.scheme.code == "nf",
+        "KEY_GROUPS": 1 if block else keys.groups,
+        "VALUE_GROUPS": values.groups,
+        "BLOCK": block,
+        "RECENT": recent,
+        "FIRST": first,
         "SPLITS": splits,
+        "PARTS": splits + (window is not None),
         "ROWS": max(16, triton.next_power_of_2(group)),
-        "STEP": STEP,
+        "STEP": min(block or STEPS[keys.scheme.bits], STEPS[keys.scheme.bits]),
         "LEAST": 2.0**-24 if dtype == torch.float16 else 2.0**-133,
+        "KEY_SPREAD": spread(keys.scheme, dtype, shares=block > 0),
+        "VALUE_SPREAD": spread(values.scheme, dtype, shares=False),
     }
 
 
 def configure(pairs: int, capacity: int, device: Device = H200) -> int:
-    """Into how many parts the tokens are split: four programs to a processor, each of four steps or more."""
-    return max(1, min(-(-4 * device.processors // pairs), capacity // (4 * STEP), 64))
+    """Into how many parts the tokens are split: four programs to a processor, each of 512 tokens or more."""
+    return max(1, min(-(-4 * device.processors // pairs), capacity // 512, 64))
 
 
 def cost(keys: QuantizedCache, tokens: int, heads: int) -> Cost:
-    """What one step over `tokens` cached tokens reads and computes."""
+    """What one step over `tokens` cached tokens reads and computes; keys as stored by token, values alike."""
     batch, kv_heads = keys.words.shape[:2]
-    bytes_of_token = 2 * (keys.d * keys.scheme.bits // 8 + 4)
+    bytes_of_token = 2 * (keys.d * keys.scheme.bits // 8 + 4 * keys.groups)
     return Cost(batch * kv_heads * tokens * bytes_of_token, 4 * batch * heads * tokens * keys.d)
 
 
-BUDGET = {4: 3.6, 8: 7.0}  # instructions for a channel of a key or a value
+BUDGET = {"int3": 3.6, "int4": 3.6, "int8": 7.0}  # instructions for a channel of a key or a value, with long steps
 
 
-def build(width: int, group: int, dtype: str = "fp16", d: int = 128, device: Device = H200) -> Build:
-    """What is compiled for a cache of `width` bits whose heads each serve `group` query heads."""
+def build(
+    key: str, value: str, group: int, dtype: str = "fp16", block: int = 0, d: int = 128, device: Device = H200
+) -> Build:
+    """What is compiled for a cache of these schemes whose heads each serve `group` query heads."""
     kind = torch.float16 if dtype == "fp16" else torch.bfloat16
-    fixed = constants(kind, group, 8, d, 32768, width, configure(8, 32768, device))
+    caches = QuantizedCache.pair(key, value, 1, 8, 32768, d, "meta")
+    window = None
+    if block:
+        *caches, window = windowed(caches, kind, recent=128, first=4, block=block)
+    fixed = constants(kind, group, *caches, window, configure(8, 32768, device))
+    name = f"{Scheme.parse(key).code}{Scheme.parse(key).bits}"
+    plain = fixed["STEP"] == STEPS[fixed["BITS"]] and fixed["VALUE_GROUPS"] == fixed["KEY_GROUPS"] == 1
+    pointers = {"keys": "*i16", "values": "*i16", "key_grids": "*i32", "value_grids": "*i32", "tables": "*i32"}
+    if block:
+        pointers["key_grids"] = f"*{dtype}"
+    pointers |= {"begins": "*i32", "ends": "*i32", **dict.fromkeys(("units", "sums", "largest", "weights"), "*fp32")}
     return Build(
-        name=f"attention_kvq int{width} {dtype} d={d} group={group}",
+        name=f"attention_kvq {key} {value} {dtype} d={d} group={group}" + f" block={block}" * bool(block),
         kernel=attention_kvq_kernel,
-        arguments={"q": f"*{dtype}", "keys": "*i16", "values": "*i16", "key_grids": "*i32", "value_grids": "*i32"}
-        | {"begins": "*i32", "ends": "*i32", "sums": "*fp32", "largest": "*fp32", "weights": "*fp32", "scale": "fp32"},
+        arguments={"q": f"*{dtype}", "scale": "fp32", **pointers},
         constants=fixed,
-        handled=2 * STEP * d,
-        budget=BUDGET[width],
+        handled=2 * fixed["STEP"] * d,
+        budget=BUDGET.get(name, 0.0) if plain else 0.0,
+        warps=WARPS[fixed["BITS"]],
         stages=3,
     )
 
 
-def join_build(group: int, d: int = 128) -> Build:
-    """What is compiled to put 64 parts together."""
-    return Build(
-        name=f"join_parts d={d} group={group}",
-        kernel=join_parts_kernel,
-        arguments={"sums": "*fp32", "largest": "*fp32", "weights": "*fp32", "out": "*fp16"},
-        constants={"HEADS": group, "D": d, "SPLITS": 64, "PARTS": 64, "ROWS": 16},
-        handled=d,
-    )
-
-
 def builds(device: Device = H200) -> Iterator[Build]:
-    """The configurations that ship: heads alone and in groups."""
-    for width in (4, 8):
-        yield build(width, 1, device=device)
-        yield build(width, 8, device=device)
-        yield build(width, 8, "bf16", device=device)
-    yield join_build(8)
+    """The configurations that ship: heads alone and in groups, scales by token, by groups of channels, by blocks."""
+    token = "{}:token:asym:dynamic".format
+    for width in ("int3", "int4", "int8"):
+        yield build(token(width), token(width), 1, device=device)
+        yield build(token(width), token(width), 8, device=device)
+        yield build(token(width), token(width), 8, "bf16", device=device)
+    yield build("nf4:token:sym:dynamic", "nf4:token:sym:dynamic", 8, device=device)
+    yield build("int4:g32:asym:dynamic", "int4:g32:asym:dynamic", 8, device=device)
+    for block in (32, 64, 128):
+        yield build("int4:channel:asym:dynamic", token("int4"), 8, block=block, device=device)
+    yield build("int3:channel:asym:dynamic", "int3:g32:asym:dynamic", 8, block=128, device=device)
