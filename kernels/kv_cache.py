@@ -22,6 +22,14 @@ KEY_PLANES = 8  # of the cell that a token's keys and values share
 
 
 @dataclass(frozen=True, eq=False)
+class FloatCache:
+    """Keys and values [batch, kv_heads, capacity, d] as they are."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class QuantizedCache:
     """Keys or values of 3, 4 or 8 bits, or NF4.
 

@@ -27,13 +27,15 @@ from torch import Tensor
 from qcompiler.kernels.attention_kvq import attention_kvq
 from qcompiler.kernels.dequantize_wq import FUSED, linear_decoded
 from qcompiler.kernels.kv_append import kv_append
+from qcompiler.kernels.kv_cache import FloatCache
+from qcompiler.kernels.kv_window import window_append
 from qcompiler.kernels.linear_a8 import linear_a8
 from qcompiler.kernels.linear_gguf import linear_gguf
 from qcompiler.kernels.linear_nf4 import PackedCodebook, linear_nf4
 from qcompiler.kernels.linear_wq import linear_wq
 from qcompiler.kernels.packed_blocks import PackedBlocks
 from qcompiler.kernels.packed_weight import PackedWeight
-from qcompiler.kernels.records import join, numbers
+from qcompiler.kernels.records import join, join_all, numbers
 from qcompiler.ops import reordered_norm
 from qcompiler.rounding import activation_scheme, codes_of
 from qcompiler.scheme import Scheme
@@ -44,8 +46,8 @@ SCHEMAS = {
     "linear_codes": "(Tensor codes, Tensor scale, Tensor zero, Tensor[] weight, Tensor? bias=None, "
     "*, str spec, ScalarType dtype) -> Tensor",
     "norm_quantize": "(Tensor x, Tensor? residual, Tensor[] norm, *, str spec) -> (Tensor, Tensor, Tensor, Tensor)",
-    "attend": "(Tensor q, Tensor k, Tensor v, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor places, "
-    "*, str key_spec, str value_spec, float scale, int left=-1) -> Tensor",
+    "attend": "(Tensor q, Tensor k, Tensor v, Tensor(a!)[] caches, Tensor places, "
+    "*, str spec, float scale, int left=-1) -> Tensor",
 }
 
 LAUNCHERS: dict[type, Callable[..., Tensor]] = {
@@ -137,29 +139,34 @@ def run_attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
+    caches: Sequence[Tensor],
     places: Tensor,
     *,
-    key_spec: str,
-    value_spec: str,
+    spec: str,
     scale: float,
     left: int = -1,
 ) -> Tensor:
     """Store k and v [batch, kv_heads, 1, d] at `places` (int32 [batch]), and attend with q [batch, heads, 1, d].
 
-    Caches are QuantizedCaches, or with an empty spec one float tensor [batch, kv_heads, capacity, d] each. A query
-    sees what was stored up to itself, and no more than `left` tokens before it.
+    `caches` are a FloatCache, or QuantizedCaches of keys and values and perhaps a KvWindow, as `records.split_all`
+    gives them. A query sees what was stored up to itself, and no more than `left` tokens before it.
     """
+    records = join_all(caches, spec)
     ends = places + 1
-    begins = (ends - 1 - left).clamp(min=0) if left >= 0 else torch.zeros_like(ends)
-    if not key_spec:
-        return _attend_floats(q, k, v, keys[0], values[0], places, begins, scale)
-    caches = join(keys, key_spec), join(values, value_spec)
-    for new, cache in zip((k, v), caches, strict=True):
-        kv_append(new.contiguous(), cache, places)
-    newest = q[:, :, 0].to(torch.float16 if q.dtype == torch.float32 else q.dtype).contiguous()
-    return attention_kvq(newest, *caches, begins, ends, scale)[:, :, None].to(q.dtype)
+    none = torch.zeros_like(ends)
+    begins = (places - left).clamp(min=0) if left >= 0 else none
+    if isinstance(records[0], FloatCache):
+        return _attend_floats(q, k, v, records[0], places, begins, scale)
+    dtype = torch.float16 if q.dtype == torch.float32 else q.dtype
+    keys, values, *window = records
+    if window:
+        window_append(k.to(dtype).contiguous(), v.to(dtype).contiguous(), keys, values, window[0], none, places)
+    else:
+        kv_append(k.contiguous(), keys, places)
+        kv_append(v.contiguous(), values, places)
+    newest = q[:, :, 0].to(dtype).contiguous()
+    found = attention_kvq(newest, keys, values, begins, ends, scale, window=window[0] if window else None)
+    return found[:, :, None].to(q.dtype)
 
 
 def _rounded(x: Tensor, grid: Sequence[Tensor], kind: Scheme) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,18 +198,18 @@ def _integers_by_meaning(whole: Tensor, scale: Tensor, zero: Tensor, record: Any
 
 
 def _attend_floats(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, places: Tensor, begins: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, held: FloatCache, places: Tensor, begins: Tensor, scale: float
 ) -> Tensor:
     """Attention over float caches of fixed size: what is not there yet, or not seen any more, is masked."""
     batch = torch.arange(q.shape[0], device=q.device)
-    for new, cache in ((k, keys), (v, values)):
+    for new, cache in ((k, held.keys), (v, held.values)):
         cache[batch, :, places.long()] = new[:, :, 0].to(cache.dtype)
-    at = torch.arange(keys.shape[2], device=q.device)
+    at = torch.arange(held.keys.shape[2], device=q.device)
     seen = (at <= places[:, None]) & (at >= begins[:, None])
-    grouped = q.shape[1] != keys.shape[1]
-    return F.scaled_dot_product_attention(
-        q, keys.to(q.dtype), values.to(q.dtype), attn_mask=seen[:, None, None], scale=scale, enable_gqa=grouped
-    )
+    grouped = q.shape[1] != held.keys.shape[1]
+    keys, values = held.keys.to(q.dtype), held.values.to(q.dtype)
+    mask = seen[:, None, None]
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def _fake_linear(x, weight, bias=None, *, spec):
@@ -222,7 +229,7 @@ def _fake_norm_quantize(x, residual, norm, *, spec):
     return torch.empty_like(x, dtype=torch.int8), token, torch.empty_like(token), torch.empty_like(x)
 
 
-def _fake_attend(q, k, v, keys, values, places, *, key_spec, value_spec, scale, left=-1):
+def _fake_attend(q, k, v, caches, places, *, spec, scale, left=-1):
     return q.new_empty((*q.shape[:3], v.shape[-1]))
 
 

@@ -39,6 +39,31 @@ def join(parts: Sequence[Tensor], spec: str) -> Any:
     return known.kind(**known.plain, **dict(zip(known.tensors, parts, strict=True)))
 
 
+def split_all(records: Sequence[Any]) -> tuple[list[Tensor], str]:
+    """The same for several records, which may share tensors: each stands in the list once."""
+    tensors, texts, places = list[Tensor](), [], []
+    for record in records:
+        parts, text = split(record)
+        known = {id(tensor): i for i, tensor in enumerate(tensors)}
+        fresh = [part for part in parts if id(part) not in known]
+        known |= {id(part): len(tensors) + i for i, part in enumerate(fresh)}
+        tensors += fresh
+        texts.append(text)
+        places.append([known[id(part)] for part in parts])
+    return tensors, json.dumps({"records": texts, "places": places})
+
+
+def join_all(tensors: Sequence[Tensor], spec: str) -> list[Any]:
+    """The records that were taken apart together."""
+    return [join([tensors[i] for i in places], text) for text, places in _read_all(spec)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_all(spec: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    found = json.loads(spec)
+    return tuple(zip(found["records"], map(tuple, found["places"]), strict=True))
+
+
 def numbers(spec: str) -> dict[str, Any]:
     """What a text says beside the tensors: enough for shapes.
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qcompiler.backends.triton.caches import Caches, fixed_step
+from qcompiler.backends.triton.caches import Caches
 from qcompiler.backends.triton.lowering import Lowered
+from qcompiler.backends.triton.step import fixed_step
 from qcompiler.errors import BackendError, No
 from qcompiler.program import Program
 from qcompiler.target import NO_CACHE, Decoder, Runner
@@ -77,7 +78,7 @@ class TritonDecoder(Decoder):
 
     def __init__(self, runner: TritonRunner, step: Program, caches: Caches) -> None:
         self.runner, self.caches = runner, caches
-        self.call = compiled(step, runner.options)
+        self.call, self.tensors = compiled(step, runner.options), caches.tensors
         self.ids = torch.zeros(caches.batch, 1, dtype=torch.int64, device=runner.device)
         self.positions = torch.zeros_like(self.ids)
         self.places = torch.zeros(caches.batch, dtype=torch.int32, device=runner.device)
@@ -113,7 +114,7 @@ class TritonDecoder(Decoder):
             return self._run()
 
     def _run(self) -> Tensor:
-        logits: Tensor = self.call(self.ids, self.positions, self.places, *self.caches.tensors)[0][:, -1]
+        logits: Tensor = self.call(self.ids, self.positions, self.places, *self.tensors)[0][:, -1]
         return logits
 
     def _capture(self) -> None:
