@@ -49,7 +49,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def accepted() -> str:
     """The support matrix, from the acceptance parts themselves."""
     rows = [[f"`{kernel.name}`", f"`qc.{kernel.op}`", f"`{kernel.accepts}`"] for kernel in KERNELS]
-    rows.append(["`attention_kvq`", "`qc.cached_attention`", "caches `int4` or `int8` with a scale for each token"])
+    rows.append(
+        ["`attention_kvq`", "`qc.cached_attention`", "caches of `int3`, `int4`, `int8` or `nf4` (`kv_cache.suits`)"]
+    )
     return table(["kernel", "of", "accepts"], rows)
 
 

@@ -30,6 +30,7 @@ from qcompiler.kernels import (
     attention_kvq,
     dequantize_wq,
     kv_append,
+    kv_window,
     linear_a8,
     linear_gguf,
     linear_nf4,
@@ -49,6 +50,7 @@ MODULES = (
     attention_kvq,
     attention_floats,
     kv_append,
+    kv_window,
     dequantize_wq,
 )
 HELD = (80, 90)

@@ -336,14 +336,12 @@ def build(
 
 
 def builds(device: Device = H200) -> Iterator[Build]:
-    """The configurations that ship: heads alone and in groups, scales by token, by groups of channels, by blocks."""
+    """The configurations that ship: scales by token, by groups of channels, by blocks."""
     token = "{}:token:asym:dynamic".format
     for width in ("int3", "int4", "int8"):
-        yield build(token(width), token(width), 1, device=device)
         yield build(token(width), token(width), 8, device=device)
-        yield build(token(width), token(width), 8, "bf16", device=device)
+    yield build(token("int4"), token("int4"), 8, "bf16", device=device)
     yield build("nf4:token:sym:dynamic", "nf4:token:sym:dynamic", 8, device=device)
     yield build("int4:g32:asym:dynamic", "int4:g32:asym:dynamic", 8, device=device)
     for block in (32, 64, 128):
         yield build("int4:channel:asym:dynamic", token("int4"), 8, block=block, device=device)
-    yield build("int3:channel:asym:dynamic", "int3:g32:asym:dynamic", 8, block=128, device=device)

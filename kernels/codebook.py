@@ -10,6 +10,7 @@ the common factor of all entries too; among all these there is a choice that wor
 No entry is looked up in memory and none rounded but to the 16 bits it is stored in: of NF4, 3 instructions to a weight.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -115,14 +116,29 @@ class Tables:
         >>> found.places.unique().tolist() == list(range(16))
         True
         """
+        found = cls.alike(codebook, dtype)
+        return found if isinstance(found, No) else found[0]
+
+    @classmethod
+    def alike(cls, codebook: Tensor, *dtypes: torch.dtype) -> "list[Tables] | No":
+        """The tables of a codebook for values in each of `dtypes`, with the same places."""
         if codebook.shape != (ENTRIES,):
             return No(f"a codebook of {codebook.numel()} entries, not {ENTRIES}")
         largest = float(codebook.abs().max()) or 1.0
-        for attempt in range(64):  # one in four to eight goes well
-            unit = largest / ((1 - attempt / 128) * UNIT[dtype])
-            bits = (codebook.double().cpu() / unit).to(dtype).view(torch.int16).int() & 0xFFFF
+        # Of the factors of a single dtype one in four to eight goes well.
+        for attempts in itertools.product(range(64), repeat=len(dtypes)):
+            units = [
+                largest / ((1 - attempt / 128) * UNIT[dtype]) for attempt, dtype in zip(attempts, dtypes, strict=True)
+            ]
+            bits = torch.stack(
+                [
+                    (codebook.double().cpu() / unit).to(dtype).view(torch.int16).int() & 0xFFFF
+                    for unit, dtype in zip(units, dtypes, strict=True)
+                ]
+            )
             if (order := _paired(bits)) is not None:
-                return cls(torch.argsort(order).to(torch.uint8), _registers(bits[order]), unit)
+                places = torch.argsort(order).to(torch.uint8)
+                return [cls(places, _registers(one[order]), unit) for one, unit in zip(bits, units, strict=True)]
         return No("a codebook whose signs do not go in pairs")
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
@@ -136,20 +152,23 @@ class Tables:
 
 
 def _paired(bits: Tensor) -> Tensor | None:
-    """Codes in the order of their places, so that the 16-bit entries of j and j + 8 agree in both bytes' signs."""
-    kinds: dict[int, list[int]] = {}
-    for code, entry in enumerate(bits.tolist()):
-        kinds.setdefault(entry & 0x8080, []).append(code)
-    odd = [kind for kind, codes in kinds.items() if len(codes) % 2]
+    """Codes in the order of their places, so that the 16-bit entries of j and j + 8 agree in both bytes' signs.
+
+    `bits` int32 [dtypes, 16]; the sign of zero is changed in them where that helps.
+    """
+    kinds: dict[tuple[int, ...], list[int]] = {}
+    for code, entries in enumerate(bits.T.tolist()):
+        kinds.setdefault(tuple(entry & 0x8080 for entry in entries), []).append(code)
+    odd = {kind for kind, codes in kinds.items() if len(codes) % 2}
     if odd:
-        # Zero has the sign that is missing.
-        zeros = [code for code, entry in enumerate(bits.tolist()) if entry & 0x7FFF == 0]
-        if not zeros or sorted(odd) != [0, 0x8000]:
+        zeros = [code for code, entries in enumerate(bits.T.tolist()) if not any(entry & 0x7FFF for entry in entries)]
+        was = tuple(bits[:, zeros[0]].tolist()) if zeros else ()
+        turned = tuple(entry ^ 0x8000 for entry in was)
+        if odd != {was, turned}:
             return None
-        was = int(bits[zeros[0]])
         kinds[was].remove(zeros[0])
-        kinds[was ^ 0x8000].append(zeros[0])
-        bits[zeros[0]] = was ^ 0x8000
+        kinds[turned].append(zeros[0])
+        bits[:, zeros[0]] ^= 0x8000
     firsts = [code for codes in kinds.values() for code in codes[::2]]
     seconds = [code for codes in kinds.values() for code in codes[1::2]]
     return torch.tensor(firsts + seconds)

@@ -19,6 +19,7 @@ __all__ = ["QuantizedCache", "accepts", "build", "builds", "kv_append", "kv_appe
 
 WHOLE = tl.constexpr(MAGIC)
 _BOOK = torch.tensor(NF4)
+ENTRIES = tl.constexpr(tuple(_BOOK.tolist()))
 MIDDLES = tl.constexpr(tuple(((_BOOK[1:] + _BOOK[:-1]) / 2).tolist()))  # between neighbouring codes of NF4
 
 
@@ -76,6 +77,17 @@ def place_of(code, TABLED: tl.constexpr):
 
 
 @triton.jit
+def value_of(code, size, zero, TABLED: tl.constexpr):
+    """The values that codes stand for, float32."""
+    if TABLED:
+        value = tl.full(code.shape, ENTRIES[0], tl.float32)
+        for j in tl.static_range(1, 16):
+            value = tl.where(code == j, ENTRIES[j], value)
+        return value * size
+    return (code.to(tl.float32) - zero) * size
+
+
+@triton.jit
 def set_plane(words, code, PLANE: tl.constexpr, BITS: tl.constexpr):
     """Three int32 words of a cell (of one word the first is the cell) with `code` in plane PLANE."""
     word0, word1, word2 = words
@@ -122,14 +134,17 @@ def round_token(
     x_at,
     words_at,
     grids_at,
+    rounded_at,
+    rounded,
     D: tl.constexpr,
     GROUPS: tl.constexpr,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     TABLED: tl.constexpr,
     PLACE: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
-    """Round the D numbers at x_at, group by group, and store their codes and grids."""
+    """Round the D numbers at x_at, group by group, and store codes and grids; if KEPT and `rounded`, values as well."""
     PLANES: tl.constexpr = 8 if BITS == 3 else 16 // BITS
     WIDTH: tl.constexpr = D // PLANES
     i = tl.arange(0, WIDTH)
@@ -146,6 +161,9 @@ def round_token(
         for plane in tl.static_range(group * (PLANES // GROUPS), (group + 1) * (PLANES // GROUPS)):
             code = code_of(tl.load(x_at + plane * WIDTH + i).to(tl.float32), size, zero, inverse, BITS, TABLED)
             words = set_plane(words, place_of(code, TABLED), PLACE + plane, BITS)
+            if KEPT:
+                value = value_of(code, size, zero, TABLED).to(rounded_at.dtype.element_ty)
+                tl.store(rounded_at + plane * WIDTH + i, value, mask=i * 0 + rounded > 0)
         tl.store(grids_at + group, grid_word(size, zero))
     store_cell(words_at + i, words, BITS, PLACE, WIDTH, i >= 0)
 
@@ -174,7 +192,8 @@ def kv_append_kernel(
     pair, new = tl.program_id(0), tl.program_id(1)
     token = pair.to(tl.int64) * CAPACITY + tl.load(places + pair // KV_HEADS) + new
     x_at = x + (pair * NEW + new).to(tl.int64) * D
-    round_token(x_at, words + token * CELL, grids + token * GROUPS, D, GROUPS, BITS, SYMMETRIC, TABLED, PLACE)
+    words_at, grids_at = words + token * CELL, grids + token * GROUPS
+    round_token(x_at, words_at, grids_at, x_at, 0, D, GROUPS, BITS, SYMMETRIC, TABLED, PLACE, False)
 
 
 def kv_append(x: Tensor, cache: QuantizedCache, places: Tensor) -> None:

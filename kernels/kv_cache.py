@@ -107,10 +107,11 @@ def _grids(kind: Scheme, words: Tensor, d: int) -> Tensor:
 
 @functools.cache
 def nf4(dtype: torch.dtype, device: str = "cpu") -> Tables:
-    """The tables of NF4, as codebook.look_up reads them."""
-    tables = Tables.of(torch.tensor(NF4), dtype)
-    assert isinstance(tables, Tables)
-    return replace(tables, registers=tables.registers.to(device))
+    """The tables of NF4, as codebook.look_up reads them; a code has the same place for both kinds of queries."""
+    tables = Tables.alike(torch.tensor(NF4), *LEAST)
+    assert not isinstance(tables, No)
+    found = tables[list(LEAST).index(dtype)]
+    return replace(found, registers=found.registers.to(device))
 
 
 def spread(scheme: Scheme, dtype: torch.dtype, shares: bool) -> float:
