@@ -40,10 +40,17 @@ class Held:
         given = named_arguments(node)
         key, value = given["k"].meta["type"], given["v"].meta["type"]
         return cls(
-            *(str(given[name].target) for name in ("past_k", "past_v")),
-            *(key.shape[1], key.shape[3], value.shape[3], key.dtype),
-            *(given["key"] or "", given["value"] or ""),
-            *(given["block"], given["recent"], given["first"]),
+            key=str(given["past_k"].target),
+            value=str(given["past_v"].target),
+            heads=key.shape[1],
+            width=key.shape[3],
+            value_width=value.shape[3],
+            dtype=key.dtype,
+            key_scheme=given["key"] or "",
+            value_scheme=given["value"] or "",
+            block=given["block"],
+            recent=given["recent"],
+            first=given["first"],
         )
 
     @property
@@ -100,4 +107,5 @@ class Caches:
                     kv_append(new.contiguous(), cache, start)
             else:
                 k, v = (part.to(held.float_dtype).contiguous() for part in (k, v))
-                window_append(k, v, *records, begins=start, places=start, fresh=True)
+                keys, values, window = records
+                window_append(k, v, keys, values, window, start, start, fresh=True)
