@@ -137,21 +137,21 @@ def attention_kvq_kernel(
     nones = tl.zeros((STEP,), DTYPE)
     table = load_tables(tables) if TABLED else (0, 0)
 
-    q_sums = ()
+    q_sums = ()  # tuples grow by concatenation: Triton knows no star
     for group in tl.static_range(KEY_GROUPS):
         q_sum = tl.zeros((ROWS,), tl.float32)
         if not TABLED and BLOCK == 0:
             for plane in tl.static_range(group * (PLANES // KEY_GROUPS), (group + 1) * (PLANES // KEY_GROUPS)):
                 q_sum += tl.sum(tl.load(q_at + plane * WIDTH, mask=there, other=0.0).to(tl.float32), axis=1)
-        q_sums = q_sums + (q_sum,)  # noqa: RUF005  # Triton knows no star
+        q_sums = q_sums + (q_sum,)  # type: ignore[assignment]  # noqa: RUF005
     high = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     offsets = ()
     for _ in tl.static_range(VALUE_GROUPS):
-        offsets = offsets + (tl.zeros((ROWS,), tl.float32),)  # noqa: RUF005
+        offsets = offsets + (tl.zeros((ROWS,), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     accs = ()
     for _ in tl.static_range(PLANES):
-        accs = accs + (tl.zeros((ROWS, WIDTH), tl.float32),)  # noqa: RUF005
+        accs = accs + (tl.zeros((ROWS, WIDTH), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     first = base + split * each
     for start in tl.range(first, tl.minimum(first + each, end), STEP):
         seen = start + t < end
@@ -195,14 +195,15 @@ def attention_kvq_kernel(
         for group in tl.static_range(VALUE_GROUPS):
             size, zero = grid_pair(tl.load(value_grids + token * VALUE_GROUPS + group, mask=seen, other=0))
             part = weight * (size * LIFTED)[None, :]
-            offset = offsets[group]
+            offset = offsets[group]  # type: ignore[var-annotated]
             if not TABLED:
                 offset = offset * fade + tl.sum(part * zero[None, :], axis=1)
-            new_offsets = new_offsets + (offset,)  # noqa: RUF005
+            new_offsets = new_offsets + (offset,)  # type: ignore[assignment]  # noqa: RUF005
             part = part.to(DTYPE)
             for plane in tl.static_range(group * (PLANES // VALUE_GROUPS), (group + 1) * (PLANES // VALUE_GROUPS)):
                 codes = plane_of(cell, ones, nones, table, VALUE_PLACE + plane, BITS, TABLED)
-                new_accs = new_accs + (tl.dot(part, codes, accs[plane] * fade[:, None]),)  # noqa: RUF005
+                summed = tl.dot(part, codes, accs[plane] * fade[:, None])
+                new_accs = new_accs + (summed,)  # type: ignore[assignment]  # noqa: RUF005
         accs, offsets = new_accs, new_offsets
 
     place = (pair * PARTS + split) * ROWS + h
@@ -312,11 +313,11 @@ def build(
 ) -> Build:
     """What is compiled for a cache of these schemes whose heads each serve `group` query heads."""
     kind = torch.float16 if dtype == "fp16" else torch.bfloat16
-    caches = QuantizedCache.pair(key, value, 1, 8, 32768, d, "meta")
+    keys, values = QuantizedCache.pair(key, value, 1, 8, 32768, d, "meta")
     window = None
     if block:
-        *caches, window = windowed(caches, kind, recent=128, first=4, block=block)
-    fixed = constants(kind, group, *caches, window, configure(8, 32768, device))
+        keys, values, window = windowed((keys, values), kind, recent=128, first=4, block=block)
+    fixed = constants(kind, group, keys, values, window, configure(8, 32768, device))
     name = f"{Scheme.parse(key).code}{Scheme.parse(key).bits}"
     plain = fixed["STEP"] == STEPS[fixed["BITS"]] and fixed["VALUE_GROUPS"] == fixed["KEY_GROUPS"] == 1
     pointers = {"keys": "*i16", "values": "*i16", "key_grids": "*i32", "value_grids": "*i32", "tables": "*i32"}

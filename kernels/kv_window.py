@@ -155,7 +155,7 @@ def append_blocks_kernel(
     token = block * BLOCK + tl.arange(0, BLOCK)
     i = tl.arange(0, WIDTH)
     ring = float_keys + (pair.to(tl.int64) * (FIRST + RING) + FIRST) * D
-    largest = 0.0
+    largest = tl.program_id(1) * 0.0
     for plane in tl.static_range(PLANES):
         part = load_block(k, ring, pair, token, old, begin, plane * WIDTH + i, NEW, D, RING)
         high, low = tl.maximum(tl.max(part, axis=0), 0.0), tl.minimum(tl.min(part, axis=0), 0.0)

@@ -38,9 +38,15 @@ def test_every_width_keeps_its_budget_on_hopper(bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["linear_w4a8 run=128 int8:token:dynamic 14336x4096 M=16", "attention_kvq int4:token* fp16 d=128 group=8"]
+    "name",
+    [
+        "linear_w4a8 run=128 int8:token:dynamic 14336x4096 M=16",
+        "linear_nf4 nf4:g64:sym fp16 14336x4096 M=16",
+        "linear_gguf Q?_K fp16 14336x4096 M=16",
+        "attention_kvq int[34]:token* fp16 d=128 group=8",
+    ],
 )
-def test_integers_and_attention_keep_theirs(name: str) -> None:
+def test_other_kernels_keep_theirs(name: str) -> None:
     found = compiled(name, 90)
     assert found.returncode == 0, found.stdout + found.stderr
 
