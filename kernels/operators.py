@@ -101,12 +101,13 @@ def run_linear_codes(
 ) -> Tensor:
     """Codes int8 [..., k], less half the levels, times the weight [n, k] of a PackedIntegers transposed: [..., n].
 
-    `scale` and `zero` float32 [...] are each token's, of a dynamic activation; zero is less half the levels too.
+    `scale` and `zero` float32 [...] are each token's, of a dynamic activation, zero of an asymmetric one and less half
+    the levels too; else they are empty.
     """
     record = join(weight, spec)
     if not on_kernels(codes):
         return _integers_by_meaning(codes, scale, zero, record, bias).to(dtype)
-    token = [scale.flatten(), zero.flatten()] if activation_scheme(record.activation).dynamic else []
+    token = [part.flatten() for part in (scale, zero) if part.numel()]
     return linear_a8(codes.contiguous(), record, token, bias, dtype)
 
 
@@ -116,23 +117,23 @@ def run_norm_quantize(
     """The norm of a NormQuantize over x (plus residual) [..., width], rounded.
 
     Returns codes int8 [..., width], less half the levels; scale and zero float32 [...], as `linear_codes` takes them;
-    and the sum of x and residual (x, where there is none).
+    and the sum of x and residual. What there is not is empty.
     """
     record = join(norm, spec)
     kind, lead = activation_scheme(record.scheme), x.shape[:-1]
     if on_kernels(x):
         rows = [None if part is None else part.reshape(-1, x.shape[-1]).contiguous() for part in (x, residual)]
         found = record(*rows)
-        none = x.new_zeros((found.codes.shape[0],), dtype=torch.float32)
-        scale, zero = (none if part is None else part for part in (found.scale, found.zero))
-        added = x.clone() if found.added is None else found.added.view(x.shape)
-        return found.codes.view(x.shape), scale.view(lead), zero.view(lead), added
-    added = x.clone() if residual is None else x + residual
+        token = [_nothing(x) if part is None else part.view(lead) for part in (found.scale, found.zero)]
+        added = x.new_empty(0) if found.added is None else found.added.view(x.shape)
+        return found.codes.view(x.shape), *token, added
+    added = x if residual is None else x + residual
     order = torch.arange(x.shape[-1]) if record.order is None else record.order.long()
     normed = reordered_norm(added.float(), None, None, order, kind=record.kind, eps=record.eps) * record.weight
     normed = (normed if record.bias is None else normed + record.bias).to(x.dtype)
     grid = [part for part in (record.scale, record.zero) if part is not None]  # one for each channel
-    return *_rounded(normed, grid, kind if kind.dynamic else replace(kind, granularity="channel", group_size=0)), added
+    rounded = _rounded(normed, grid, kind if kind.dynamic else replace(kind, granularity="channel", group_size=0))
+    return *rounded, x.new_empty(0) if residual is None else added
 
 
 def run_attend(
@@ -170,13 +171,16 @@ def run_attend(
 
 
 def _rounded(x: Tensor, grid: Sequence[Tensor], kind: Scheme) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes int8 [..., k] less half the levels; and scale and zero [...] of a dynamic activation, else zeros."""
+    """Codes int8 [..., k] less half the levels; and scale and zero [...], each empty where the kind has none."""
     codes, scale, zero = codes_of(x, grid, kind)
     whole = (codes - (kind.levels >> 1)).flatten(-2)[..., : x.shape[-1]].to(torch.int8)
     if not kind.dynamic:
-        none = x.new_zeros(x.shape[:-1], dtype=torch.float32)
-        return whole, none, none.clone()
-    return whole, scale.flatten(-3), (zero - (kind.levels >> 1)).expand_as(scale).flatten(-3).contiguous()
+        return whole, _nothing(x), _nothing(x)
+    return whole, scale.flatten(-3), _nothing(x) if kind.symmetric else (zero - (kind.levels >> 1)).flatten(-3)
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=torch.float32)
 
 
 def _integers_by_meaning(whole: Tensor, scale: Tensor, zero: Tensor, record: Any, bias: Tensor | None) -> Tensor:
@@ -184,15 +188,14 @@ def _integers_by_meaning(whole: Tensor, scale: Tensor, zero: Tensor, record: Any
     kind, lift = activation_scheme(record.activation), 16 if record.scheme.bits == 4 else 1
     n, k = record.shape
     steps = (record.unpack().double() - (record.scheme.levels >> 1)) * lift
-    shift = zero[..., None] if kind.dynamic else None
     total = torch.zeros(*whole.shape[:-1], n, device=whole.device)
     for run, start in enumerate(range(0, k, record.run)):
         stop = min(start + record.run, k)
         sums = whole[..., start:stop].double() @ steps[:, start:stop].T
         share = record.starts[run, :n].double()
         if not kind.symmetric:
-            sums = sums + share if shift is None else sums - share * shift
-        factor = record.factors[run, :n] if shift is None else record.factors[run, :n] * scale[..., None]
+            sums = sums - share * zero[..., None] if kind.dynamic else sums + share
+        factor = record.factors[run, :n] * scale[..., None] if kind.dynamic else record.factors[run, :n]
         total += sums.float() * factor
     return total if bias is None else total + bias
 
@@ -225,8 +228,12 @@ def _fake_linear_codes(codes, scale, zero, weight, bias=None, *, spec, dtype):
 
 
 def _fake_norm_quantize(x, residual, norm, *, spec):
-    token = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return torch.empty_like(x, dtype=torch.int8), token, torch.empty_like(token), torch.empty_like(x)
+    kind = activation_scheme(numbers(spec)["scheme"])
+    token = [
+        x.new_empty(x.shape[:-1], dtype=torch.float32) if there else _nothing(x)
+        for there in (kind.dynamic, kind.dynamic and not kind.symmetric)
+    ]
+    return x.new_empty(x.shape, dtype=torch.int8), *token, x.new_empty(0 if residual is None else x.shape)
 
 
 def _fake_attend(q, k, v, caches, places, *, spec, scale, left=-1):

@@ -26,7 +26,7 @@ def fuse_norms(program: Program, layers: Container[fx.Node]) -> int:
     fused = 0
     for node in program.calls(*NORMS):
         readers = list(node.users)
-        if any(reader not in layers or not _same_rounding(reader, readers[0]) for reader in readers):
+        if not readers or any(reader not in layers or not _same_rounding(reader, readers[0]) for reader in readers):
             continue
         scheme = activation_scheme(str(readers[0].kwargs["scheme"]))
         width = node.meta["type"].shape[-1]
