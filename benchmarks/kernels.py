@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import kernel_caches
 import torch
 import triton
 from kernel_peers import peers
@@ -27,6 +28,7 @@ from qcompiler.kernels.cost import Cost
 from qcompiler.kernels.dequantize_wq import linear_decoded
 from qcompiler.kernels.linear_a8 import cost as cost_a8
 from qcompiler.kernels.linear_a8 import linear_a8
+from qcompiler.kernels.linear_nf4 import PackedCodebook, linear_nf4
 from qcompiler.kernels.linear_wq import cost as cost_wq
 from qcompiler.kernels.linear_wq import linear_wq
 from qcompiler.kernels.norm_quantize import NormQuantize
@@ -34,7 +36,7 @@ from qcompiler.kernels.packed_integers import PackedIntegers
 from qcompiler.kernels.packed_weight import PackedWeight
 from qcompiler.kernels.timing import copies_of, seconds
 from qcompiler.ops import qc
-from qcompiler.rounding import activation_scheme, codes_of
+from qcompiler.rounding import NF4, activation_scheme, codes_of
 from qcompiler.scheme import QTensor, Scheme
 
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
@@ -130,6 +132,20 @@ def weight_only(shape: tuple[int, int], base: dict[int, float]) -> Iterator[Row]
                 yield Row(f"W{width}A16 decoded", shape, tokens, took, cost_wq(packed, tokens), base[tokens])
 
 
+def codebooks(shape: tuple[int, int], base: dict[int, float]) -> Iterator[Row]:
+    """linear_nf4, groups of 64."""
+    n, k = shape
+    codes = torch.randint(256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    scale = torch.rand(n, k // 64, device="cuda")
+    weight = QTensor(Scheme.parse("nf4:g64:sym"), (n, k), codes, scale, codebook=torch.tensor(NF4, device="cuda"))
+    packed = PackedCodebook.pack(weight)
+    stock = copies(packed)
+    for tokens in (1, 16, 32, 64):
+        x = torch.randn(tokens, k, device="cuda", dtype=torch.float16)
+        took = seconds([partial(linear_nf4, x, w) for w in stock])
+        yield Row("NF4", shape, tokens, took, cost_wq(packed, tokens), base[tokens])
+
+
 def others(shape: tuple[int, int], base: dict[int, float]) -> Iterator[Row]:
     """The kernels of other people that are installed here; for the rest it is said why not."""
     n, k = shape
@@ -187,8 +203,11 @@ def measured(options: argparse.Namespace) -> Iterator[Row]:
         base = {tokens: dense(shape, tokens) for tokens in (1, 8, 16, 32, 64, 128, 256, 512, 2048)}
         yield from weight_only(shape, base)
         yield from integers(shape, base)
+        yield from codebooks(shape, base)
         yield from others(shape, base)
     yield from norms()
+    for row in kernel_caches.rows():
+        yield Row(*row)
 
 
 def main() -> None:
@@ -200,6 +219,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("no GPU here: nothing is measured. What needs none: make kernels-check")
     check()
+    kernel_caches.check()
     bandwidth, rate = roofs()
     print(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e12:.2f} TB/s, bf16 {rate / 1e12:.0f} TFLOP/s")
     found = []
