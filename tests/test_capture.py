@@ -1,7 +1,9 @@
 """Front ends for PyTorch: what is captured computes what the original does, and what cannot be captured says so."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from qcompiler import ops
 from qcompiler.errors import CaptureError, InputError, No
 from qcompiler.frontends import attention, huggingface, torch_module
 from qcompiler.frontends import fx as fx_frontend
+from qcompiler.frontends.exporting import check_weights
 from qcompiler.frontends.verification import Case, verify
 from qcompiler.program import Program
 
@@ -315,3 +318,21 @@ def test_verification_compares_real_positions_only() -> None:
     inputs = {name: torch.randn(2, 3, 2)}
     assert isinstance(verify(program, original, [Case("padded", inputs, real)]), float)
     assert isinstance(verify(program, original, [Case("unpadded", inputs)]), No)
+
+
+def test_weights_that_cannot_be_captured_are_said() -> None:
+    """Without data, damaged, or on a GPU (which a stand-in has to play here)."""
+
+    class OnGpu(nn.Module):
+        def named_parameters(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Parameter]]:
+            yield "up.weight", SimpleNamespace(is_meta=False, device=torch.device("cuda", 0))  # type: ignore[misc]
+
+    damaged = nn.Linear(2, 2)
+    damaged.weight.data[0, 0] = torch.nan
+    for module, words in (
+        (nn.Linear(2, 2, device="meta"), 'the weight "weight" has no data'),
+        (damaged, 'the weight "weight" holds NaN'),
+        (OnGpu(), r'the weight "up.weight" is on cuda:0, and programs are made on the CPU: capture model.cpu\(\)'),
+    ):
+        with pytest.raises(CaptureError, match=words):
+            check_weights(module)

@@ -128,10 +128,15 @@ def _trace_again(
 
 
 def check_weights(model: nn.Module) -> None:
-    """CaptureError if a parameter holds NaN, or nothing at all."""
+    """CaptureError if a parameter holds NaN, or nothing at all, or is on a GPU."""
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise CaptureError(f'the weight "{name}" has no data; load the model before capturing it')
+        if tensor.device.type != "cpu":
+            raise CaptureError(
+                f'the weight "{name}" is on {tensor.device}, and programs are made on the CPU: capture model.cpu(); '
+                "the backend triton brings it back to a GPU, and torch.compile takes the model where it is"
+            )
         if bool(tensor.isnan().any()):
             raise CaptureError(f'the weight "{name}" holds NaN; the file is damaged or training diverged')
 
