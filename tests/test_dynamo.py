@@ -1,6 +1,7 @@
 """torch.compile(backend="qcompiler"): what runs quantized, what is left to PyTorch and why, and that results follow."""
 
 import copy
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -237,6 +238,7 @@ def test_the_entry_point_is_ours() -> None:
     assert torch._dynamo.lookup_backend("qcompiler") is qcompiler.dynamo.backend
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
 def test_inductor_compiles_what_is_left() -> None:
     """The operators that Inductor cannot see into are called by it, and the result is the same."""
     model, x = Mlp(), torch.randn(4, 64)
