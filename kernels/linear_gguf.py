@@ -10,7 +10,6 @@ Q4_0, Q4_1 and Q8_0 have one level, and are linear_wq's.
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,7 +20,7 @@ from qcompiler.kernels.packed_blocks import KINDS, SUPERBLOCK, Kind, PackedBlock
 from qcompiler.kernels.packed_weight import ROWS
 from qcompiler.kernels.planes import MIDDLE, join_six, unpack
 from qcompiler.kernels.sass import Build
-from qcompiler.kernels.split import Config, add_parts, leave_part, store_sums
+from qcompiler.kernels.split import Config, add_parts, leave_part, room_for, store_sums
 from qcompiler.target import Accept, Kernel, matrix, without
 
 ACCEPTS = matrix() & without("zero", "codebook", "boundaries", "permutation") & Accept("k_quant()", suits)
@@ -190,10 +189,7 @@ def linear_gguf(x: Tensor, weight: PackedBlocks, bias: Tensor | None = None, con
     tokens = x.numel() // k
     chosen = config or configure(n, k, weight.kind.bits, tokens, device_of(x))
     tiles = weight.words.shape[0]
-    out = x.new_empty((*x.shape[:-1], n))
-    partial = out
-    if chosen.split > 1:
-        partial = x.new_empty((chosen.split, chosen.tokens, tiles * ROWS), dtype=torch.float32)
+    out, partial = room_for(x, n, tiles, chosen)
     linear_gguf_kernel[tiles, chosen.split, triton.cdiv(tokens, chosen.tokens)](
         x,
         weight.words,

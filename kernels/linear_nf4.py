@@ -21,7 +21,7 @@ from qcompiler.kernels.linear_wq import constants
 from qcompiler.kernels.packed_weight import COLUMNS, ROWS, PackedWeight, group_of, tile_columns
 from qcompiler.kernels.planes import LEAST, half_of
 from qcompiler.kernels.sass import Build
-from qcompiler.kernels.split import Config, add_parts, leave_part, store_sums
+from qcompiler.kernels.split import Config, add_parts, leave_part, room_for, store_sums
 from qcompiler.scheme import QTensor, Scheme, pack_bits
 from qcompiler.target import Accept, Answer, Kernel, bits, channel_or_group, matrix, without
 
@@ -167,10 +167,7 @@ def linear_nf4(x: Tensor, weight: PackedCodebook, bias: Tensor | None = None, co
     tokens = x.numel() // k
     chosen = config or configure(n, k, weight.columns, tokens, device_of(x))
     tiles = weight.words.shape[0]
-    out = x.new_empty((*x.shape[:-1], n))
-    partial = out
-    if chosen.split > 1:
-        partial = x.new_empty((chosen.split, chosen.tokens, tiles * ROWS), dtype=torch.float32)
+    out, partial = room_for(x, n, tiles, chosen)
     linear_nf4_kernel[tiles, chosen.split, triton.cdiv(tokens, chosen.tokens)](
         x,
         weight.words,

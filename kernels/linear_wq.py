@@ -25,7 +25,7 @@ from qcompiler.kernels.cost import H200, Cost, Device, device_at
 from qcompiler.kernels.packed_weight import COLUMNS, ROWS, PackedWeight, group_of, tile_columns
 from qcompiler.kernels.planes import MIDDLE, MINIMA, grid_of, take_top, unpack
 from qcompiler.kernels.sass import Build
-from qcompiler.kernels.split import Config, add_parts, leave_part, parts_of_k, store_sums, token_block
+from qcompiler.kernels.split import Config, add_parts, leave_part, parts_of_k, room_for, store_sums, token_block
 from qcompiler.scheme import Scheme
 from qcompiler.target import Kernel, bits, channel_or_group, integer_codes, matrix, without
 
@@ -167,10 +167,7 @@ def linear_wq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, confi
     block = token_block(tokens, 128 if tokens <= 128 else MANY)
     chosen = config or config_for(weight.scheme, weight.shape, weight.columns, block, x.get_device())
     tiles = weight.words.shape[0]
-    out = x.new_empty((*x.shape[:-1], n))
-    partial = out
-    if chosen.split > 1:
-        partial = x.new_empty((chosen.split, chosen.tokens, tiles * ROWS), dtype=torch.float32)
+    out, partial = room_for(x, n, tiles, chosen)
     linear_wq_kernel[tiles, chosen.split, triton.cdiv(tokens, chosen.tokens)](
         x,
         weight.words,

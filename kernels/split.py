@@ -7,8 +7,10 @@ the same bits, and no second launch is needed.
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from qcompiler.kernels.cost import Device
 from qcompiler.kernels.packed_weight import ROWS
@@ -37,6 +39,14 @@ def parts_of_k(n: int, steps: int, device: Device) -> int:
     wanted = -(-2 * device.processors // -(-n // ROWS))
     parts = max(1, min(wanted, steps // 4, 16))
     return -(-steps // -(-steps // parts))  # with as many steps each, the last parts may have none
+
+
+def room_for(x: Tensor, n: int, tiles: int, config: Config) -> tuple[Tensor, Tensor]:
+    """The result [..., n] of a product of x [..., k], and float32 room for its parts (or itself, if it has one)."""
+    out = x.new_empty((*x.shape[:-1], n))
+    if config.split == 1:
+        return out, out
+    return out, x.new_empty((config.split, config.tokens, tiles * ROWS), dtype=torch.float32)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from qcompiler.kernels.operators import qct
 from qcompiler.kernels.records import split
 from qcompiler.ops import qc
 from qcompiler.program import Program, Type
+from qcompiler.rewrite import named_arguments
 from qcompiler.rounding import activation_scheme
 
 aten = torch.ops.aten
@@ -51,7 +52,7 @@ def _same_rounding(reader: fx.Node, first: fx.Node) -> bool:
 
 
 def _fuse(program: Program, node: fx.Node, readers: list[fx.Node]) -> None:
-    given = _arguments(program, node)
+    given = _parameters(program, node)
     grid = tuple(program.tensors[str(part.target)] for part in readers[0].args[2])  # type: ignore[union-attr]
     norm = NormQuantize.pack(*given, grid, **_kind(node), scheme=str(readers[0].kwargs["scheme"]))
     x = node.args[0]
@@ -84,19 +85,17 @@ def _like(value: Any, kind: Type) -> bool:
     return isinstance(value, fx.Node) and value.op != "get_attr" and value.meta["type"] == kind
 
 
-def _arguments(program: Program, node: fx.Node) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _parameters(program: Program, node: fx.Node) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Weight, bias and order, the weight in ones where there is none."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    found = [program.tensor_of(given.get(name)) for name in ("weight", "bias", "order")]
+    given = named_arguments(node)
+    weight, bias, order = (program.tensor_of(given.get(name)) for name in ("weight", "bias", "order"))
     width = node.meta["type"].shape[-1]
     device = next(iter(program.tensors.values())).device
-    return torch.ones(width, device=device) if found[0] is None else found[0], found[1], found[2]
+    return torch.ones(width, device=device) if weight is None else weight, bias, order
 
 
 def _kind(node: fx.Node) -> dict[str, Any]:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    default = torch.finfo(node.meta["type"].dtype).eps if node.target is aten.rms_norm.default else 1e-5
-    eps = given.get("eps")
+    given = named_arguments(node)
+    eps = given["eps"]
+    default = torch.finfo(node.meta["type"].dtype).eps  # rms_norm's
     return {"kind": given.get("kind") or NORMS[node.target], "eps": default if eps is None else eps}
