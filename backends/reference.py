@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from qcompiler.errors import BackendError
 from qcompiler.program import Program
-from qcompiler.target import NO_CACHE, Answer, Backend, Decoder, Runner
+from qcompiler.target import NO_CACHE, Answer, Backend, GrowingDecoder, Runner
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,7 @@ class ReferenceRunner(Runner):
             values = self.module(*self.program.bind(inputs).values())
         return dict(zip(self.program.outputs, values, strict=True))
 
-    def decoder(self, batch: int, capacity: int) -> "ReferenceDecoder":
+    def decoder(self, batch: int, capacity: int) -> GrowingDecoder:
         if not self.program.caches:
             raise BackendError(NO_CACHE)
-        return ReferenceDecoder(self.program)
-
-
-class ReferenceDecoder(Decoder):
-    """Generation with caches that grow."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.state: dict[str, Tensor] = {}
-
-    def step(self, ids: Tensor) -> Tensor:
-        inputs: dict[str, Tensor] = {"input_ids": ids, **self.state}
-        if any(i.name == "logits_positions" for i in self.program.inputs):
-            inputs["logits_positions"] = torch.tensor([ids.shape[1] - 1])
-        outputs = self.program(**inputs)
-        self.state = self.program.cache_updates(outputs)
-        return outputs["logits"][:, -1]
+        return GrowingDecoder(self.program, lambda inputs: self.program(**inputs))

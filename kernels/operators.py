@@ -15,7 +15,6 @@ Nothing is registered when this module is imported: the first use of `qct.<name>
 | `qct.attend` | new keys and values stored in a cache of fixed size, and attention over what it holds |
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,7 +35,7 @@ from qcompiler.kernels.linear_wq import linear_wq
 from qcompiler.kernels.packed_blocks import PackedBlocks
 from qcompiler.kernels.packed_weight import PackedWeight
 from qcompiler.kernels.records import join, join_all, numbers
-from qcompiler.ops import reordered_norm
+from qcompiler.ops import Operators, reordered_norm
 from qcompiler.rounding import activation_scheme, codes_of
 from qcompiler.scheme import Scheme
 
@@ -240,26 +239,9 @@ def _fake_attend(q, k, v, caches, places, *, spec, scale, left=-1):
     return q.new_empty((*q.shape[:3], v.shape[-1]))
 
 
-@functools.cache
-def load() -> torch.library.Library:
-    """Define the qct:: operators with PyTorch, once; the library object must stay alive."""
-    library = torch.library.Library("qct", "DEF")
-    for name, schema in SCHEMAS.items():
-        library.define(name + schema)
-        library.impl(name, globals()[f"run_{name}"], "CompositeExplicitAutograd")
-        torch.library.register_fake(f"qct::{name}", globals()[f"_fake_{name}"], lib=library)
-    return library
-
-
-class _Namespace:
-    """`qct.linear` is `torch.ops.qct.linear.default`, defined at first use."""
-
-    def __getattr__(self, name: str) -> torch._ops.OpOverload:
-        if name not in SCHEMAS:
-            raise AttributeError(name)
-        load()
-        overload: torch._ops.OpOverload = getattr(torch.ops.qct, name).default
-        return overload
-
-
-qct = _Namespace()
+qct = Operators(
+    "qct",
+    SCHEMAS,
+    {name: globals()[f"run_{name}"] for name in SCHEMAS},
+    {name: globals()[f"_fake_{name}"] for name in SCHEMAS},
+)

@@ -142,10 +142,8 @@ def write_text(
     greedy = torch.randint(3, 6, (calibration.samples, 1), generator=random)
     state: dict[str, Tensor] = {}
     while ids.shape[1] < calibration.length:
-        inputs = {"input_ids": ids[:, -1:] if state else ids, **state}
-        if any(i.name == "logits_positions" for i in program.inputs):
-            inputs["logits_positions"] = torch.tensor([inputs["input_ids"].shape[1] - 1])
-        outputs = program(**inputs)
+        given = ids[:, -1:] if state else ids
+        outputs = program(input_ids=given, **program.newest_logits(given), **state)
         state = program.cache_updates(outputs)
         logits = outputs["logits"][:, -1].float()
         sampled = torch.multinomial(logits.softmax(-1), 1, generator=random)

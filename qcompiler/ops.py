@@ -20,7 +20,7 @@ Nothing is registered when this module is imported: the first use of `qc.<name>`
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -215,29 +215,42 @@ def meaning(target: Any) -> Any:
     return MEANINGS[name.removeprefix("qc::")] if name.startswith("qc::") else target
 
 
-@functools.cache
-def load() -> torch.library.Library:
-    """Define the qc:: operators with PyTorch, once; the library object must stay alive."""
-    library = torch.library.Library("qc", "DEF")
-    for name, schema in SCHEMAS.items():
-        library.define(name + schema)
-        library.impl(name, MEANINGS[name], "CompositeExplicitAutograd")
-        torch.library.register_fake(f"qc::{name}", globals()[f"_fake_{name}"], lib=library)
-    return library
+class Operators:
+    """The operators of one namespace, defined with PyTorch at their first use.
 
+    `qc.linear` is `torch.ops.qc.linear.default`. A schema, a meaning and a fake (shape) function belong to each name.
+    """
 
-class _Namespace:
-    """`qc.linear` is `torch.ops.qc.linear.default`, defined at first use."""
+    def __init__(
+        self, namespace: str, schemas: Mapping[str, str], meanings: Mapping[str, Any], fakes: Mapping[str, Any]
+    ) -> None:
+        self._namespace, self._schemas, self._meanings, self._fakes = namespace, schemas, meanings, fakes
+        self._library: torch.library.Library | None = None
 
     def __getattr__(self, name: str) -> torch._ops.OpOverload:
-        if name not in SCHEMAS:
+        if name not in self._schemas:
             raise AttributeError(name)
-        load()
-        overload: torch._ops.OpOverload = getattr(torch.ops.qc, name).default
+        self._define()
+        overload: torch._ops.OpOverload = getattr(getattr(torch.ops, self._namespace), name).default
         return overload
 
+    def _define(self) -> None:
+        """Once; the library object must stay alive."""
+        if self._library is not None:
+            return
+        library = self._library = torch.library.Library(self._namespace, "DEF")
+        for name, schema in self._schemas.items():
+            library.define(name + schema)
+            library.impl(name, self._meanings[name], "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{self._namespace}::{name}", self._fakes[name], lib=library)
 
-qc = _Namespace()
+
+qc = Operators("qc", SCHEMAS, MEANINGS, {name: globals()[f"_fake_{name}"] for name in SCHEMAS})
+
+
+def load() -> None:
+    """Define the qc:: operators with PyTorch, if that was not done yet."""
+    qc._define()
 
 
 def default_scale(head_dim: int) -> float:

@@ -143,6 +143,11 @@ class Program:
         """The inputs that are cache state; empty before the kv_cache pass."""
         return tuple(i for i in self.inputs if i.default == "empty")
 
+    def newest_logits(self, ids: Tensor) -> dict[str, Tensor]:
+        """The input that asks for the logits of the last of these ids alone, where the program has one."""
+        asked = any(i.name == "logits_positions" for i in self.inputs)
+        return {"logits_positions": torch.tensor([ids.shape[1] - 1])} if asked else {}
+
     def cache_updates(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The cache inputs of the next step, from this step's outputs."""
         updates: Mapping[str, str] = self.info.get("caches", {})

@@ -141,6 +141,19 @@ class Decoder(abc.ABC):
         """Append ids [batch, new]; returns the logits [batch, vocabulary] of the last position."""
 
 
+class GrowingDecoder(Decoder):
+    """Caches that grow, as the program says; `run` runs it."""
+
+    def __init__(self, program: Program, run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> None:
+        self.program, self.run = program, run
+        self.state: dict[str, Tensor] = {}
+
+    def step(self, ids: Tensor) -> Tensor:
+        outputs = self.run({"input_ids": ids, **self.program.newest_logits(ids), **self.state})
+        self.state = self.program.cache_updates(outputs)
+        return outputs["logits"][:, -1].to(ids.device)
+
+
 class Runner(abc.ABC):
     """A lowered program, ready to run; `refusals` are why parts of it run otherwise than they could."""
 

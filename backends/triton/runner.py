@@ -11,7 +11,7 @@ from qcompiler.backends.triton.lowering import Lowered
 from qcompiler.backends.triton.step import fixed_step
 from qcompiler.errors import BackendError, No
 from qcompiler.program import Program
-from qcompiler.target import NO_CACHE, Decoder, Runner
+from qcompiler.target import NO_CACHE, Decoder, GrowingDecoder, Runner
 
 if TYPE_CHECKING:
     from qcompiler.backends.triton.backend import Triton
@@ -44,7 +44,7 @@ class TritonRunner(Runner):
         if not self.program.caches:
             raise BackendError(NO_CACHE)
         if isinstance(self.step, No):
-            return GrowingDecoder(self)
+            return GrowingDecoder(self.program, self.run)
         return TritonDecoder(self, self.step, Caches.empty(self.program, batch, capacity, self.device))
 
     def details(self) -> dict[str, Any]:
@@ -55,19 +55,6 @@ def compiled(program: Program, options: "Triton") -> Any:
     """What runs a program: its module, or what Inductor makes of that."""
     module = program.module()
     return torch.compile(module, dynamic=True, mode=options.inductor) if options.inductor else module
-
-
-class GrowingDecoder(Decoder):
-    """Caches that grow, as the program says: where no step of fixed size could be made."""
-
-    def __init__(self, runner: TritonRunner) -> None:
-        self.runner = runner
-        self.state: dict[str, Tensor] = {}
-
-    def step(self, ids: Tensor) -> Tensor:
-        outputs = self.runner.run({"input_ids": ids, **last_only(self.runner.program, ids), **self.state})
-        self.state = self.runner.program.cache_updates(outputs)
-        return outputs["logits"][:, -1].to(ids.device)
 
 
 class TritonDecoder(Decoder):
@@ -90,8 +77,9 @@ class TritonDecoder(Decoder):
         if self.length + ids.shape[1] > self.caches.capacity:
             raise BackendError(f"{self.length + ids.shape[1]} tokens do not fit in caches of {self.caches.capacity}")
         if not self.length:
-            outputs = self.runner.run({"input_ids": ids, **last_only(self.runner.program, ids)})
-            self.caches.fill(self.runner.program.cache_updates(outputs))
+            program = self.runner.program
+            outputs = self.runner.run({"input_ids": ids, **program.newest_logits(ids)})
+            self.caches.fill(program.cache_updates(outputs))
             self.length = ids.shape[1]
             return outputs["logits"][:, -1].to(ids.device)
         for place in range(ids.shape[1]):
@@ -128,9 +116,3 @@ class TritonDecoder(Decoder):
         with torch.cuda.graph(self.graph):
             self.logits = self._run()
         self.graph.replay()
-
-
-def last_only(program: Program, ids: Tensor) -> dict[str, Tensor]:
-    """Only the last position's logits are wanted, where the program can be asked for some."""
-    asked = any(i.name == "logits_positions" for i in program.inputs)
-    return {"logits_positions": torch.tensor([ids.shape[1] - 1])} if asked else {}
