@@ -75,7 +75,7 @@ def _configurations(figures: dict[str, Any]) -> list[str]:
     for name, cell in figures.items():
         if isinstance(cell, dict) and "ratio" in cell:
             bar = f"{cell['bar']:g}" if "bar" in cell else ""
-            passes = "K-Means clusters of any size" if cell["passes"] == "free" else f"`{cell['passes']}`"
+            passes = "K-Means clusters of any size" if cell["passes"].startswith("free") else f"`{cell['passes']}`"
             lines.append(f"| {name} | {cell['ratio']:.3f} | {bar} | {passes.replace('|', chr(92) + '|')} |")
     return lines
 

@@ -9,28 +9,20 @@ already is not measured again.
 
 import argparse
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from common import JOURNAL, canonical, resumed, self_written, write
+from free_clusters import FreeClusters
 from quality import LENGTH, build_reference
 from quality_page import write_page
-from torch import fx
 
 from qcompiler import data, evaluate
-from qcompiler.calibration import Needs
 from qcompiler.data import Calibration
-from qcompiler.ops import qc
-from qcompiler.passes.rptq import features
-from qcompiler.passes.selection import BODY, layers_of, select
-from qcompiler.passes.statistics import MinMax
-from qcompiler.pipeline import Context, Contract, Pass, Runner
+from qcompiler.pipeline import Context, Pass, Runner
 from qcompiler.program import Program
 from qcompiler.recipe import Recipe
-from qcompiler.rounding import grid_of
-from qcompiler.scheme import Scheme
 from qcompiler.source import resolve
 
 WEIGHTS = {
@@ -53,27 +45,45 @@ ATTENTION = "kv{{key=int{0}:g8:asym value=int{0}:g8:asym query=int{0}:g8:asym le
 BLOCK_ATTENTION = (
     "kv{key=int4:channel:asym:dynamic block=64 value=int4:g32:asym:dynamic query=int4:g32:asym:dynamic levels=255}"
 )
+NO_RELIEF = (
+    "activations{scheme=int8:g32:asym include=@normed massive=0}, "
+    "activations{scheme=int4:g32:asym exclude=@normed|@head massive=0}"
+)
+ALL = (
+    "activations{{scheme=int{0}:g32:asym ranges=error}}, kv{{key=int{0}:channel:asym:dynamic block=64 "
+    "value=int{0}:g32:asym:dynamic levels={1}}}"
+)
 BY_TOKEN = "kv{{key=int{0}:token:asym:dynamic value=int{0}:token:asym:dynamic}}"
-CONFIGURATIONS = {  # name: (bits of the weights, what comes after them, the highest ratio to W4A16 asked for, or None)
+# name: (bits of the weights, what comes after them, the highest ratio to W4A16 asked for, or None)
+CONFIGURATIONS: dict[str, tuple[int, str | FreeClusters, float | None]] = {
     "W4A8": (4, "activations{scheme=int8:g32:asym}, " + ATTENTION.format(8), 1.04),
     "W4A4": (4, f"{NORMED}, {BLOCK_ATTENTION}", 1.5),
     "W4A4KV": (4, BLOCK_KV.format(4), 1.04),
     "W4A3KV": (4, BLOCK_KV.format(3), 1.12),
     "W4A8 without relief for massive activations": (4, "activations{scheme=int8:g32:asym massive=0}", None),
-    "W4A8 free clusters, without that relief": (4, "free", None),
+    "W4A8 free clusters, without that relief": (4, FreeClusters(8, 8), None),
     "W4A8 per tensor": (4, "activations{scheme=int8:tensor:asym massive=0}", None),
     "W4A4 linear layers only": (4, NORMED, None),
     "W4A4 attention only": (4, BLOCK_ATTENTION, None),
     "W4A4 per tensor": (4, TENSOR, None),
     "W4A4 with minimum-maximum ranges": (4, f"{WIDE}, {BLOCK_ATTENTION}", None),
     "W4A4 with static ranges everywhere": (4, f"{WIDE}, {ATTENTION.format(4)}", None),
+    "W4A4 with static ranges everywhere, without that relief": (4, f"{NO_RELIEF}, {ATTENTION.format(4)}", None),
+    "W4A4 free clusters, without that relief": (4, FreeClusters(8, 4, 4, queries=True), None),
     "W4A4 with norm outputs in 4 bits, dynamic": (4, "activations{scheme=int4:g32:asym:dynamic}", None),
     "W4A4KV static": (4, STATIC_KV.format(4), None),
     "W4A3KV static": (4, STATIC_KV.format(3), None),
+    "W4A4KV free clusters": (4, FreeClusters(heads=4), None),
+    "W4A3KV free clusters": (4, FreeClusters(heads=3), None),
     "W4A4KV per tensor": (4, "kv{key=int4:tensor:asym value=int4:tensor:asym}", None),
     "W4A3KV per tensor": (4, "kv{key=int3:tensor:asym value=int3:tensor:asym}", None),
     "W3A3KV": (3, BLOCK_KV.format(3), None),
+    "W3A3KV static": (3, STATIC_KV.format(3), None),
+    "W3A3KV free clusters": (3, FreeClusters(heads=3), None),
     "W3A3KV per tensor": (3, "kv{key=int3:tensor:asym value=int3:tensor:asym}", None),
+    "W4A4KV and all": (4, ALL.format(4, 15), None),
+    "W4A3KV and all": (4, ALL.format(3, 7), None),
+    "W3A3KV and all": (3, ALL.format(3, 7), None),
     "KV8": (16, BY_TOKEN.format(8), 1.002),
     "KV4": (16, BLOCK_KV.format(4), 1.02),
     "KV3": (16, BLOCK_KV.format(3), 1.08),
@@ -81,41 +91,6 @@ CONFIGURATIONS = {  # name: (bits of the weights, what comes after them, the hig
     "KV4 by token": (16, BY_TOKEN.format(4), None),
     "KV3 by token": (16, BY_TOKEN.format(3), None),
 }
-
-
-@dataclass(frozen=True)
-class FreeClusters(Pass):
-    """Static 8-bit activations with a scale for each of 18 K-Means clusters of any size, wherever its channels are."""
-
-    name: ClassVar[str] = "free"
-    contract: ClassVar[Contract] = Contract.LOSSY
-
-    def run(self, program: Program, ctx: Context) -> None:
-        from sklearn.cluster import KMeans
-
-        layers = select(program, (BODY,), (), ctx, layers_of(program))
-
-        def needs(nodes: Any) -> Needs:
-            return {node.name: MinMax() for node in nodes if node in layers}
-
-        done: dict[fx.Node, fx.Node] = {}
-        for segment in ctx.sweep(program, needs):
-            for node in [n for n in segment.nodes if n.name in segment.statistics]:
-                x, seen = node.all_input_nodes[0], segment.statistics[node.name]
-                if x not in done:
-                    channels = seen.shape[1]
-                    points = features(seen, torch.arange(channels)[None, None])[0]
-                    labels = torch.from_numpy(
-                        KMeans(channels // 32, n_init=4, random_state=0).fit_predict(points)
-                    ).long()
-                    low = seen.new_zeros(channels // 32).scatter_reduce(0, labels, seen[0], "amin")[labels]
-                    high = seen.new_zeros(channels // 32).scatter_reduce(0, labels, seen[1], "amax")[labels]
-                    scheme = Scheme.parse("int8:channel:asym")
-                    with program.graph.inserting_before(node):
-                        grid = [program.store("free", part, like=node) for part in grid_of(low, high, scheme)]
-                        how = {"scheme": str(scheme)}
-                        done[x] = program.call(qc.fake_quantize, (x, grid), how, like=node, type=x.meta["type"])
-                node.update_arg(0, done[x])
 
 
 def main() -> None:
@@ -139,7 +114,8 @@ def main() -> None:
     figures = resumed("rptq", setting, options.fresh)
     figures.setdefault("fp32", perplexity(base))
     weights: dict[int, Program] = {}
-    for name, (bits, passes, bar) in CONFIGURATIONS.items():
+    for name, (bits, after, bar) in CONFIGURATIONS.items():
+        passes = str(after)
         if options.only not in name or figures.get(name, {}).get("passes") == passes:
             continue
         if bits not in weights:
@@ -147,7 +123,7 @@ def main() -> None:
             weights[bits] = _ran(base, steps, samples).decoded()  # the same numbers, and faster to run
             figures[f"W{bits}A16"] = perplexity(weights[bits]) if steps else figures["fp32"]
             print(f"W{bits}A16", figures[f"W{bits}A16"] / figures["fp32"], flush=True)
-        steps = (FreeClusters(),) if passes == "free" else Recipe.parse(passes).passes
+        steps = (after,) if isinstance(after, Pass) else Recipe.parse(after).passes
         found = perplexity(_ran(weights[bits], steps, samples))
         ratio = found / figures[f"W{bits}A16"]
         figures[name] = {"passes": passes, "perplexity": round(found, 3), "ratio": round(ratio, 4)}

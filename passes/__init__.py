@@ -6,7 +6,7 @@ if __name__ != "qcompiler.passes":
 from pathlib import Path
 
 from qcompiler.passes.activations import Activations
-from qcompiler.passes.awq import Awq
+from qcompiler.passes.awq import Awq, AwqClip
 from qcompiler.passes.block_tune import BlockTune
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.carry import Carry
@@ -27,6 +27,7 @@ PLUGIN = Plugin(
     passes=(
         Activations,
         Awq,
+        AwqClip,
         BlockTune,
         Canonicalize,
         Carry,

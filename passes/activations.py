@@ -56,7 +56,7 @@ class Activations(Pass):
         done: dict[fx.Node, fx.Node] = {}
         if self.scheme.dynamic:
             for node in chosen:
-                self._round(program, node, self.scheme, [], done)
+                self.round_input(program, node, self.scheme, [], done)
         else:
             self._static(program, ctx, chosen, done)
         ctx.note(f"{len(done)} activations, read by {len(chosen)} linear layers, are rounded to {self.scheme}")
@@ -85,7 +85,7 @@ class Activations(Pass):
                 if not scheme.dynamic:
                     grid = static_grid(seen, scheme, self.ranges, importance=_importance(program, nodes))
                 for node in nodes:
-                    self._round(program, node, scheme, grid, done)
+                    self.round_input(program, node, scheme, grid, done)
 
     def _scheme_for(self, excess: float, name: str, ctx: Context) -> Scheme:
         """The static scheme, or its dynamic twin where there are massive activations."""
@@ -96,9 +96,10 @@ class Activations(Pass):
         ctx.refuse(No(f"a token is {excess:.0f} times the median one, no static range serves both: {twin}", name))
         return twin
 
-    def _round(
+    def round_input(
         self, program: Program, node: fx.Node, scheme: Scheme, grid: Sequence[Tensor], done: dict[fx.Node, fx.Node]
     ) -> None:
+        """Let a linear layer read its input rounded to `grid`; `done` holds what was rounded already."""
         x = node.all_input_nodes[0]
         if x not in done:
             with program.graph.inserting_before(node):

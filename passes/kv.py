@@ -67,7 +67,7 @@ class Kv(Pass):
         static = {i: scheme for i, scheme in self._schemes().items() if not scheme.dynamic}
         if not static:
             for node in attentions:
-                self._round(program, node, {}, ctx)
+                self.round_attention(program, node, {}, ctx)
             return
         if not ctx.samples:
             raise PassError(
@@ -85,7 +85,7 @@ class Kv(Pass):
                     i: static_grid(segment.statistics[f"{node.name}:{i}"], scheme, self.ranges, heads=_heads(node, i))
                     for i, scheme in static.items()
                 }
-                self._round(program, node, grids, ctx)
+                self.round_attention(program, node, grids, ctx)
 
     def _check(self) -> None:
         if self.rotary not in ("after", "before"):
@@ -101,7 +101,10 @@ class Kv(Pass):
                 "need rotary=after"
             )
 
-    def _round(self, program: Program, node: fx.Node, grids: Mapping[int, Sequence[Tensor]], ctx: Context) -> None:
+    def round_attention(
+        self, program: Program, node: fx.Node, grids: Mapping[int, Sequence[Tensor]], ctx: Context
+    ) -> None:
+        """Let an attention round its arguments, to `grids` where their schemes are static."""
         stored: dict[int, Any] = {}
         with program.graph.inserting_before(node):
             for i, grid in grids.items():
