@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from qcompiler.errors import BackendError
+from qcompiler.errors import BackendError, No
 from qcompiler.program import Program
 from qcompiler.target import NO_CACHE, Answer, Backend, GrowingDecoder, Runner
 
@@ -36,6 +36,11 @@ class ReferenceRunner(Runner):
     def __init__(self, program: Program, inductor: str = "") -> None:
         self.program = program
         self.module = torch.compile(program.module(), dynamic=True, mode=inductor) if inductor else None
+
+    @property
+    def padding(self) -> Answer:
+        masked = any(spec.name == "attention_mask" for spec in self.program.inputs)
+        return masked or No("the program has no attention mask")
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.module is None:

@@ -76,21 +76,48 @@ class Session:
     ) -> "str | Tensor | list[str]":
         """Continue a prompt: text gives text (without the prompt), several texts a list, token ids [batch, n] ids.
 
-        Greedy at temperature 0, sampled otherwise. Generation ends at the model's end token or after
+        Several texts run as one batch where the backend takes padding. Greedy at temperature 0, sampled otherwise.
+        Generation ends at the model's end token or after
         `max_new_tokens`. `on_token(id, text so far)` is called for each token of a text.
         Raises InputError for an empty prompt, or text without a tokenizer.
         """
         if isinstance(prompt, Tensor):
-            return self._continue(prompt, max_new_tokens, temperature, seed, None)
-        if not isinstance(prompt, str):
-            return [self.generate(p, max_new_tokens, temperature=temperature, seed=seed) for p in prompt]
+            return self._continue(prompt, max_new_tokens, temperature, seed)
         if self.tokenizer is None:
             raise InputError("this model has no tokenizer; give token ids instead of text")
+        if not isinstance(prompt, str):
+            return self._batch(prompt, max_new_tokens, temperature, seed)
         ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
         whole = self._continue(ids, max_new_tokens, temperature, seed, on_token)
-        return str(self.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
+        return self._text(whole[0, ids.shape[1] :])
 
-    def _continue(self, ids: Tensor, limit: int, temperature: float, seed: int, on_token: OnToken | None) -> Tensor:
+    def _batch(self, prompts: list[str], limit: int, temperature: float, seed: int) -> list[str]:
+        """Several texts at once, padded on the left; one by one where the runner takes no padding."""
+        rows = [torch.tensor(ids, dtype=torch.int64) for ids in self.tokenizer(prompts)["input_ids"]] if prompts else []
+        width = max(map(len, rows), default=0)
+        if not self.runner.padding and any(len(row) != width for row in rows):
+            return [self.generate(p, limit, temperature=temperature, seed=seed) for p in prompts]
+        if not rows:
+            return []
+        if empty := [text for text, row in zip(prompts, rows, strict=True) if not len(row)]:
+            raise InputError(f"the prompt {empty[0]!r} has no tokens; give a text to continue")
+        ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
+        mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
+        whole = self._continue(ids, limit, temperature, seed, mask=mask)
+        return [self._text(row) for row in whole[:, width:]]
+
+    def _text(self, ids: Tensor) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _continue(
+        self,
+        ids: Tensor,
+        limit: int,
+        temperature: float,
+        seed: int,
+        on_token: OnToken | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise InputError(f"a prompt is token ids [batch, length >= 1], not {tuple(ids.shape)}")
         random = torch.Generator().manual_seed(seed)
@@ -99,14 +126,14 @@ class Session:
         whole, step = ids, ids
         ended = torch.zeros(ids.shape[0], dtype=torch.bool)
         for _ in range(limit):
-            logits = decoder.step(step)
+            logits = decoder.step(step, mask)
+            mask = None  # of the prompt
             step = choose(logits, temperature, random)
             step = torch.where(ended[:, None], whole[:, -1:], step)
             whole = torch.cat([whole, step], dim=1)
             ended |= torch.isin(step[:, 0], ends)
             if on_token:
-                text = self.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
-                on_token(int(step[0, 0]), text)
+                on_token(int(step[0, 0]), self._text(whole[0, ids.shape[1] :]))
             if bool(ended.all()):
                 break
         return whole

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from qcompiler.errors import BackendError, No
@@ -134,11 +135,15 @@ NO_CACHE = "this program has no cache; add the pass kv_cache to the recipe (or s
 
 
 class Decoder(abc.ABC):
-    """A running generation: cache state of one batch of sequences of equal length, fed step by step."""
+    """A running generation: cache state of one batch of sequences, fed step by step."""
 
     @abc.abstractmethod
-    def step(self, ids: Tensor) -> Tensor:
-        """Append ids [batch, new]; returns the logits [batch, vocabulary] of the last position."""
+    def step(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Append ids [batch, new]; returns the logits [batch, vocabulary] of the last position.
+
+        Prompts of unequal length are padded on the left: in the first step `mask` [batch, new] is zero there.
+        BackendError where the program cannot take padding.
+        """
 
 
 class GrowingDecoder(Decoder):
@@ -147,17 +152,37 @@ class GrowingDecoder(Decoder):
     def __init__(self, program: Program, run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> None:
         self.program, self.run = program, run
         self.state: dict[str, Tensor] = {}
+        self.mask: Tensor | None = None
 
-    def step(self, ids: Tensor) -> Tensor:
-        outputs = self.run({"input_ids": ids, **self.program.newest_logits(ids), **self.state})
+    def step(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        padding = self._padding(ids, mask)
+        first = self.program.inputs[0].name
+        outputs = self.run({first: ids, **self.program.newest_logits(ids), **padding, **self.state})
         self.state = self.program.cache_updates(outputs)
         return outputs["logits"][:, -1].to(ids.device)
+
+    def _padding(self, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """The inputs that tell padding from tokens, and where tokens stand; none if nothing is padded."""
+        if self.mask is None and (mask is None or bool(mask.all())):
+            return {}
+        names = {spec.name for spec in self.program.inputs}
+        if "attention_mask" not in names:
+            raise BackendError("this program has no attention mask: give prompts of equal length, or one at a time")
+        new = torch.ones_like(ids) if mask is None else mask.to(ids)
+        self.mask = new if self.mask is None else torch.cat([self.mask, new], 1)
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return {"attention_mask": self.mask} | ({"position_ids": positions} if "position_ids" in names else {})
 
 
 class Runner(abc.ABC):
     """A lowered program, ready to run; `refusals` are why parts of it run otherwise than they could."""
 
     refusals: Sequence[No] = ()
+
+    @property
+    def padding(self) -> Answer:
+        """Whether prompts of unequal length may be padded on the left and run as one batch."""
+        return No("it takes sequences of equal length")
 
     @abc.abstractmethod
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -148,7 +148,7 @@ class Counting(Runner, Decoder):
         self.capacity = capacity
         return self
 
-    def step(self, ids: Tensor) -> Tensor:
+    def step(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         self.fed.append(tuple(ids.shape))
         return torch.zeros(1, 80)
 

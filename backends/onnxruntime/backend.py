@@ -21,7 +21,8 @@ class OnnxRuntime(Backend):
 
     `accuracy_level` is that of quantized matrix products: 4 rounds activations to 8 bits, a block at a time, and is
     the fastest; 0 keeps them float. `threads` (None: as many as PyTorch uses) work inside one operator.
-    `padding` lowers attention so that batches may be padded on the left, which is slower. `max_positions` is the
+    `padding` lowers attention in plain operators that take any padding mask, which is slower: wanted only where some
+    attention is none of GroupQueryAttention's, whose batches may be padded on the left anyway. `max_positions` is the
     longest sequence that rotary tables are made for, where the model itself is not limited to less.
     """
 

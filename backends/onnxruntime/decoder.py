@@ -17,7 +17,7 @@ from qcompiler.execution import execute
 from qcompiler.program import Program, Type
 from qcompiler.rewrite import named_arguments
 
-LENGTHS = ("seqlens_k", "total_sequence_length")
+MASK = "attention_mask"
 UNIT = 8  # the operator wants head sizes and rotary widths in these units
 
 
@@ -43,12 +43,12 @@ def group_query(low: Lowering, node: fx.Node) -> bool | No:
     for past, kind in zip(pasts, storage.types([past.meta["type"] for past in pasts]), strict=True):
         low.store_input_as(past, kind)
     inputs = [low.value(packed), None, None] if packed else [heads_last(low, x) for x in (q, k, v)]
-    total = low.input(LENGTHS[1], Type((), torch.int32))
+    last, total = lengths(low)
     attended, *present = low.contrib(
         "GroupQueryAttention",
         *inputs,
         *map(low.value, pasts),
-        low.input(LENGTHS[0], Type(("batch",), torch.int32)),
+        last,
         total,
         *(turned if turned is not None else (None, None)),
         None,
@@ -70,6 +70,17 @@ def group_query(low: Lowering, node: fx.Node) -> bool | No:
     kinds = storage.types(node.meta["type"][1:])
     low.values[node] = [None, *(typed(value, kind) for value, kind in zip(present, kinds, strict=True))]
     return True
+
+
+def lengths(low: Lowering) -> tuple[ir.Value, ir.Value]:
+    """What the operator wants to know, from the padding mask: each sequence's last position, the longest length."""
+    if MASK not in low.memo:
+        mask = low.cast(low.input(MASK, Type(("batch", "total"), torch.int64)), torch.int64)
+        last = low.op("Sub", low.op("ReduceSum", mask, [1], keepdims=0), low.graph.constant(1, torch.int64))
+        total = low.op("Squeeze", low.op("Shape", mask, start=1, end=2), [0])
+        low.memo[MASK] = tuple(low.op("Cast", x, to=int(ir.DataType.INT32)) for x in (last, total))
+    found: tuple[ir.Value, ir.Value] = low.memo[MASK]
+    return found
 
 
 def fits(low: Lowering, node: fx.Node) -> bool | No:

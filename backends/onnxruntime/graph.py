@@ -56,6 +56,7 @@ class Graph:
     constants: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
     stored: dict[str, tuple[ir.Value, Stored]] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+    defaults: list[ir.Value] = field(default_factory=list)
 
     def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", name: str = "", **attributes: Any) -> ir.Value:
         """Add a node with one output and return that; attributes that are None are left out."""
@@ -98,9 +99,13 @@ class Graph:
             self.stored[name] = (value, tensor)
         return self.stored[name][0]
 
-    def input(self, name: str, kind: Type) -> ir.Value:
-        """A graph input."""
-        return typed(ir.Value(name=self.unique(name)), kind)
+    def input(self, name: str, kind: Type, default: Tensor | None = None) -> ir.Value:
+        """A graph input; one with a default may be left out."""
+        value = typed(ir.Value(name=self.unique(name)), kind)
+        if default is not None:
+            value.const_value = ir.tensor(default.numpy().copy(), name=name)
+            self.defaults.append(value)
+        return value
 
     def unique(self, name: str) -> str:
         """`name`, with a number where it is taken."""
@@ -124,7 +129,7 @@ class Graph:
         ends = [self._end(name, value) for name, value in outputs.items()]
         nodes = needed(self.nodes, ends)
         used = {value for node in nodes for value in node.inputs if value is not None}
-        initializers = [value for value in self.constants.values() if value in used]
+        initializers = [value for value in (*self.constants.values(), *self.defaults) if value in used]
         pairs = [pair for pair in self.stored.values() if pair[0] in used]
         write_tensors(pairs, folder)
         graph = ir.Graph(

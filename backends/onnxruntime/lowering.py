@@ -106,7 +106,7 @@ class Lowering:
     def input(self, name: str, kind: Type) -> ir.Value:
         """The graph input of that name."""
         if name not in self.inputs:
-            self.inputs[name] = self.graph.input(name, kind)
+            self.inputs[name] = self.graph.input(name, kind, DEFAULTS.get(name))
         return self.inputs[name]
 
     def store_input_as(self, node: fx.Node, kind: Type) -> None:
@@ -211,6 +211,7 @@ class Lowering:
 
 
 SCALAR = Type((), torch.int64)
+DEFAULTS = {"logits_positions": torch.tensor([-1])}  # who does not ask gets the logits of the last position
 
 
 def operator_name(node: fx.Node) -> str:

@@ -39,8 +39,16 @@ def export(program: Program, folder: Path, options: Options) -> None:
         "refusals": sorted({str(no) for no in low.refusals}),
         "accuracy_level": options.accuracy_level,
         "max_positions": options.max_positions,
+        "shared_cache": shares_cache(low),
     }
     low.graph.save(folder, list(low.inputs.values()), outputs, about)
+
+
+def shares_cache(low: Lowering) -> bool:
+    """Whether every attention is GroupQueryAttention, which keeps past and present in one buffer."""
+    attentions = [node for node in low.program.graph.nodes if operator_name(node) == "qc.cached_attention"]
+    fused = [node for node in attentions if low.kernels.get(node.name, "").startswith("GroupQueryAttention")]
+    return bool(attentions) and fused == attentions
 
 
 def try_rule(program: Program, node: fx.Node) -> Answer:

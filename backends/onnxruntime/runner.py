@@ -1,4 +1,4 @@
-"""Running the ONNX files: whole calls, and decoding over cache buffers that are bound once."""
+"""Running the ONNX files: whole calls, and what decodes."""
 
 import json
 import tempfile
@@ -11,11 +11,13 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from qcompiler.backends.onnxruntime.decoder import LENGTHS
+from qcompiler.backends.onnxruntime.buffers import SharedDecoder, empty
+from qcompiler.backends.onnxruntime.decoder import MASK
 from qcompiler.backends.onnxruntime.graph import METADATA, MODEL
-from qcompiler.errors import BackendError
+from qcompiler.errors import BackendError, No
+from qcompiler.padding import Shift
 from qcompiler.program import Program, Type
-from qcompiler.target import NO_CACHE, Decoder, Runner
+from qcompiler.target import NO_CACHE, Answer, Decoder, GrowingDecoder, Runner
 
 DTYPES = {
     "tensor(float)": torch.float32,
@@ -55,7 +57,8 @@ class OnnxRunner(Runner):
     ) -> None:
         self.program = program
         self.session = open_session(folder / MODEL, threads)
-        self.inputs = [i.name for i in self.session.get_inputs()]
+        optional = self.session.get_overridable_initializers()
+        self.inputs = [i.name for i in (*self.session.get_inputs(), *optional)]
         held = {i.name: DTYPES[i.type] for i in self.session.get_inputs()}
         widths = {i.name: i.shape[-1] for i in self.session.get_inputs() if i.shape}
         self.caches = {  # in the types in which the graph holds them: a cache of codes is no float tensor
@@ -66,36 +69,76 @@ class OnnxRunner(Runner):
         self.about: dict[str, Any] = json.loads(self.session.get_modelmeta().custom_metadata_map.get(METADATA, "{}"))
         self._temporary = temporary  # removed with the runner
 
+    @property
+    def shared(self) -> bool:
+        """Whether past and present of every cache are one buffer."""
+        return bool(self.about.get("shared_cache"))
+
+    @property
+    def padding(self) -> Answer:
+        """GroupQueryAttention among other attention would take padding for tokens."""
+        if self.shared or (MASK in self.inputs and "GroupQueryAttention" not in self.about.get("nodes", {})):
+            return True
+        return No("some of its attention cannot tell padding from tokens; lower with OnnxRuntime(padding=True)")
+
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All outputs for the given inputs; BackendError for padding or positions that the graph cannot take."""
         values = {str(n.target): v for n, v in self.program.bind(inputs).items()}
-        batch = values[self.program.inputs[0].name].shape[0]
+        ids = values[self.program.inputs[0].name]
+        batch, new = ids.shape[:2]
         values |= {name: empty(kind, batch, 0) for name, kind in self.caches.items() if name not in inputs}
-        self._check(values, inputs)
-        past, ids = self.program.past_length(inputs), values[self.program.inputs[0].name]
+        if MASK in self.inputs:
+            past = self.program.past_length(inputs)
+            values.setdefault(MASK, torch.ones((batch, past + new), dtype=torch.int64))
+            self._check(values, inputs, past)
+            if self.shared:
+                return self._shared(values, inputs, past, new)
+        return self._run(values)
+
+    def _run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         feeds = {name: as_numpy(values[name]) for name in self.inputs if name in values}
-        if LENGTHS[0] in self.inputs:
-            new = ids.shape[1]
-            self.check_positions(past + new)
-            if past and new > 1 and batch > 1:
-                return self._in_steps(inputs, new)
-            feeds |= lengths(batch, past + new)
         found = self.session.run(list(self.program.outputs), feeds)
         return {name: torch.from_numpy(value) for name, value in zip(self.program.outputs, found, strict=True)}
 
-    def _check(self, values: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
+    def _shared(
+        self, values: dict[str, Tensor], inputs: Mapping[str, Tensor], past: int, new: int
+    ) -> dict[str, Tensor]:
+        """A whole call of GroupQueryAttention, padding moved behind the tokens."""
+        self.check_positions(past + new)
+        if past and new > 1 and len(values[MASK]) > 1:
+            return self._in_steps(inputs, past, new)
+        shift = Shift.of(values[MASK])
+        if not shift:
+            return self._run(values)
+        wanted = values.get("logits_positions")
+        columns = {self.program.inputs[0].name, MASK, "position_ids"} & set(values)
+        if past:  # the one new token of each row is at its place already
+            columns = {MASK}
+        moved = {name: shift.to_front(values[name]) for name in columns}
+        moved |= {name: shift.to_front(values[name], axis=2) for name in self.caches}
+        if wanted is not None:
+            moved["logits_positions"] = torch.arange(new)
+        found = self._run(values | moved)
+        presents = set(self.program.info["caches"].values())
+        for name, value in found.items():
+            if name in presents:
+                found[name] = shift.back(value, axis=2)
+            elif not past:
+                found[name] = shift.back(value)
+        return found if wanted is None else found | {"logits": found["logits"][:, wanted]}
+
+    def _check(self, values: Mapping[str, Tensor], inputs: Mapping[str, Tensor], past: int) -> None:
         """GroupQueryAttention counts positions itself: what it is not told must be what it assumes."""
-        if LENGTHS[0] not in self.inputs:
-            return
-        mask = values.get("attention_mask")
-        if mask is not None and not bool((mask != 0).all()):
-            raise BackendError(
-                "this program was lowered without padding: its attention mask must be all ones; "
-                "give sequences of equal length, or lower with OnnxRuntime(padding=True)"
-            )
+        mask = values[MASK]
+        if not self.padding and not bool((mask != 0).all()):
+            raise BackendError(f"this program takes no padding: {self.padding}")
         if "position_ids" in inputs and "position_ids" not in self.inputs:
-            past, ids = self.program.past_length(inputs), values["position_ids"]
-            if not bool((ids == torch.arange(past, past + ids.shape[1])).all()):
+            ids, real = values["position_ids"], mask[:, past:] != 0
+            steps = (ids[:, 1:] - ids[:, :-1] == 1) | ~(real[:, 1:] & real[:, :-1])
+            first = ids.gather(1, real.long().argmax(1, keepdim=True))[:, 0]
+            before = (mask[:, :past] != 0).sum(1)  # tokens, or columns with their padding: the same differences
+            starts = (first == before) | (first == past + real.long().argmax(1))
+            if not bool(steps.all() and starts.all()):
                 raise BackendError(
                     "this program was lowered for positions counted from the past; "
                     "leave position_ids out, or lower with OnnxRuntime(padding=True)"
@@ -110,14 +153,15 @@ class OnnxRunner(Runner):
                 f"lower it with OnnxRuntime(max_positions={count})"
             )
 
-    def _in_steps(self, inputs: Mapping[str, Tensor], new: int) -> dict[str, Tensor]:
+    def _in_steps(self, inputs: Mapping[str, Tensor], past: int, new: int) -> dict[str, Tensor]:
         """New positions over a past, one by one: GroupQueryAttention takes several for one sequence only."""
         first, state = self.program.inputs[0].name, dict(inputs)
-        wanted = state.pop("logits_positions", None)
-        state.pop("attention_mask", None)
+        wanted, mask = state.pop("logits_positions", None), state.pop(MASK, None)
         state.pop("position_ids", None)
         found = []
         for step in range(new):
+            if mask is not None:
+                state[MASK] = mask[:, : past + step + 1]
             outputs = self(state | {first: inputs[first][:, step : step + 1]})
             state |= self.program.cache_updates(outputs)
             found.append(outputs["logits"])
@@ -128,10 +172,10 @@ class OnnxRunner(Runner):
         """A fresh generation; BackendError if the program has no cache."""
         if not self.program.caches:
             raise BackendError(NO_CACHE)
-        if LENGTHS[0] in self.inputs and "attention_mask" not in self.inputs:
+        if self.shared:
             self.check_positions(capacity)
-            return SharedDecoder(self, batch, capacity)
-        return GrowingDecoder(self, batch, capacity)
+            return SharedDecoder(self.program, self.session, self.inputs, self.caches, batch, capacity)
+        return GrowingDecoder(self.program, self)
 
     def details(self) -> dict[str, Any]:
         """Threads, version, operators by count, kernels and refusals."""
@@ -139,102 +183,6 @@ class OnnxRunner(Runner):
         return {"onnxruntime": ort.__version__, "threads": threads, **self.about}
 
 
-class SharedDecoder(Decoder):
-    """Decoding in place: each cache is one buffer of full capacity, past and present at once."""
-
-    def __init__(self, runner: OnnxRunner, batch: int, capacity: int) -> None:
-        self.runner, self.batch, self.capacity, self.past = runner, batch, capacity, 0
-        program = runner.program
-        self.caches = {name: empty(kind, batch, capacity) for name, kind in runner.caches.items()}
-        self.lengths = {name: torch.from_numpy(value) for name, value in lengths(batch, 1).items()}
-        self.kept = torch.zeros(1, dtype=torch.int64)
-        self.logits = empty(output_type(program, "logits"), batch, capacity)
-        self.ids, self.positions = (torch.zeros((batch, 1), dtype=torch.int64) for _ in range(2))
-        self.single = self._bind(self.ids, self.positions)  # made once: binding costs a tenth of a small step
-
-    def _bind(self, ids: Tensor, positions: Tensor) -> ort.IOBinding:
-        """A binding of all buffers."""
-        program, binding = self.runner.program, self.runner.session.io_binding()
-        buffers = {program.inputs[0].name: ids, "position_ids": positions, "logits_positions": self.kept}
-        buffers |= self.lengths | self.caches
-        for name in self.runner.inputs:
-            bind(binding.bind_input, name, buffers[name])
-        bind(binding.bind_output, "logits", self.logits)
-        for past, present in program.info["caches"].items():
-            bind(binding.bind_output, present, self.caches[past])
-        return binding
-
-    def step(self, ids: Tensor) -> Tensor:
-        """Append ids [batch, new]; returns the logits [batch, vocabulary] of the last position."""
-        new = ids.shape[1]
-        check_capacity(self.past, new, self.capacity)
-        if self.past and new > 1 and self.batch > 1:
-            # GroupQueryAttention takes several new positions over a past for one sequence only.
-            return [self.step(column) for column in ids.split(1, dim=1)][-1]
-        self.kept.fill_(new - 1)
-        self.lengths[LENGTHS[0]].fill_(self.past + new - 1)
-        self.lengths[LENGTHS[1]].fill_(self.past + new)
-        if new == 1:
-            self.ids.copy_(ids)
-            self.positions.fill_(self.past)
-            self.runner.session.run_with_iobinding(self.single)
-        else:
-            positions = torch.arange(self.past, self.past + new).repeat(self.batch, 1)
-            ids = ids.contiguous()
-            self.runner.session.run_with_iobinding(self._bind(ids, positions))
-        self.past += new
-        return torch.from_numpy(self.logits.numpy()[:, 0].copy())  # numpy: see qcompiler/sampling.py
-
-
-class GrowingDecoder(Decoder):
-    """Decoding with caches that are written anew in each step, for attention that is not GroupQueryAttention's."""
-
-    def __init__(self, runner: OnnxRunner, batch: int, capacity: int) -> None:
-        self.runner, self.batch, self.capacity, self.past = runner, batch, capacity, 0
-        self.caches: dict[str, Tensor] = {}
-
-    def step(self, ids: Tensor) -> Tensor:
-        """Append ids [batch, new]; returns the logits [batch, vocabulary] of the last position."""
-        new, program = ids.shape[1], self.runner.program
-        check_capacity(self.past, new, self.capacity)
-        last = torch.tensor([new - 1])
-        outputs = self.runner({program.inputs[0].name: ids, "logits_positions": last, **self.caches})
-        self.caches = program.cache_updates(outputs)
-        self.past += new
-        return outputs["logits"][:, -1]
-
-
-def check_capacity(past: int, new: int, capacity: int) -> None:
-    """BackendError if `new` positions after `past` do not fit."""
-    if past + new > capacity:
-        raise BackendError(f"{past} + {new} positions are more than this decoder's {capacity}; ask for more capacity")
-
-
-def lengths(batch: int, total: int) -> dict[str, Any]:
-    """What GroupQueryAttention wants to know: each sequence's last position, and the longest length."""
-    return {LENGTHS[0]: np.full((batch,), total - 1, np.int32), LENGTHS[1]: np.array(total, np.int32)}
-
-
-def empty(kind: Type, batch: int, capacity: int) -> Tensor:
-    """Zeros of a type, with one kept position and room for `capacity` past ones."""
-    sizes = {"batch": batch, "past": capacity, "kept": 1}
-    shape = [sizes[size] if isinstance(size, str) else size for size in kind.shape]
-    return torch.zeros(shape, dtype=kind.dtype)
-
-
-def output_type(program: Program, name: str) -> Type:
-    """The type of an output."""
-    values: Any = program.output_node.args[0]
-    kind = values[program.outputs.index(name)].meta["type"]
-    assert isinstance(kind, Type)
-    return kind
-
-
 def as_numpy(tensor: Tensor) -> Any:
     """A tensor's memory as a contiguous numpy array."""
     return np.ascontiguousarray(tensor.detach().numpy())
-
-
-def bind(how: Any, name: str, tensor: Tensor) -> None:
-    """Bind a tensor's memory as an input or an output; the tensor must outlive the binding."""
-    how(name, "cpu", 0, tensor.numpy().dtype, tuple(tensor.shape), tensor.data_ptr())

@@ -73,7 +73,9 @@ class TritonDecoder(Decoder):
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
 
-    def step(self, ids: Tensor) -> Tensor:
+    def step(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None and not bool(mask.all()):
+            raise BackendError(f"backend triton: {self.runner.padding}; give prompts one at a time")
         if self.length + ids.shape[1] > self.caches.capacity:
             raise BackendError(f"{self.length + ids.shape[1]} tokens do not fit in caches of {self.caches.capacity}")
         if not self.length:

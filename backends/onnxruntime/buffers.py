@@ -1,0 +1,113 @@
+"""Decoding in place: each cache is one buffer of full capacity, past and present at once, bound once."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from qcompiler.backends.onnxruntime.decoder import MASK
+from qcompiler.errors import BackendError
+from qcompiler.padding import Shift
+from qcompiler.program import Program, Type
+from qcompiler.target import Decoder
+
+
+class SharedDecoder(Decoder):
+    """Rows may be of unequal length: each has its tokens at the front of its part of the buffers."""
+
+    def __init__(
+        self,
+        program: Program,
+        session: ort.InferenceSession,
+        inputs: Sequence[str],
+        caches: Mapping[str, Type],
+        batch: int,
+        capacity: int,
+    ) -> None:
+        self.program, self.session, self.inputs = program, session, inputs
+        self.capacity, self.lengths = capacity, torch.zeros(batch, dtype=torch.int64)
+        self.caches = {name: empty(kind, batch, capacity) for name, kind in caches.items()}
+        self.mask = torch.zeros((batch, capacity), dtype=torch.int64)
+        self.ids, self.positions = (torch.zeros((batch, 1), dtype=torch.int64) for _ in range(2))
+        self.kept = torch.zeros(1, dtype=torch.int64)
+        self.logits = self._room(1)
+        # Made once: binding everything costs a tenth of a small step. The mask alone grows.
+        self.single = self._bind(self.ids, self.positions, self.kept, self.logits)
+
+    def step(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Append ids [batch, new]; returns the logits [batch, vocabulary] of the last position."""
+        batch, new = ids.shape
+        start = int(self.lengths.max())
+        if start + new > self.capacity:
+            raise BackendError(
+                f"{start} + {new} positions are more than this decoder's {self.capacity}; ask for more capacity"
+            )
+        if mask is not None and start:
+            raise BackendError("padding comes with the prompt, in a decoder's first step")
+        if start and new > 1 and batch > 1:
+            # GroupQueryAttention takes several new positions over a past for one sequence only.
+            return [self.step(column) for column in ids.split(1, dim=1)][-1]
+        if new > 1:
+            return self._prompt(ids, mask)
+        self.ids.copy_(ids)
+        self.positions.copy_(self.lengths[:, None])
+        self.mask.scatter_(1, self.lengths[:, None], 1)
+        self.lengths += 1
+        self._run(self.single)
+        return _copied(self.logits)[:, 0]
+
+    def _prompt(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Several positions at once; the logits of each row's last."""
+        new, start = ids.shape[1], int(self.lengths.max())
+        counts = torch.full_like(self.lengths, new)
+        if mask is not None and not bool(mask.all()):
+            shift = Shift.of(mask)
+            ids, counts = shift.to_front(ids), new - shift.pads
+        positions = torch.arange(start, start + new).repeat(len(ids), 1)
+        self.lengths += counts
+        self.mask.copy_(torch.arange(self.capacity) < self.lengths[:, None])
+        kept, row = torch.unique(counts - 1, return_inverse=True)
+        ids, logits = ids.contiguous(), self._room(len(kept))
+        self._run(self._bind(ids, positions, kept, logits), start + new)
+        return _copied(logits)[torch.arange(len(ids)), row]
+
+    def _run(self, binding: ort.IOBinding, total: int | None = None) -> None:
+        mask = self.mask[:, : total or int(self.lengths.max())].contiguous()
+        bind(binding.bind_input, MASK, mask)
+        self.session.run_with_iobinding(binding)
+
+    def _bind(self, ids: Tensor, positions: Tensor, kept: Tensor, logits: Tensor) -> ort.IOBinding:
+        """A binding of all buffers but the mask."""
+        binding = self.session.io_binding()
+        buffers = {self.program.inputs[0].name: ids, "position_ids": positions, "logits_positions": kept} | self.caches
+        for name in self.inputs:
+            if name != MASK:
+                bind(binding.bind_input, name, buffers[name])
+        bind(binding.bind_output, "logits", logits)
+        for past, present in self.program.info["caches"].items():
+            bind(binding.bind_output, present, self.caches[past])
+        return binding
+
+    def _room(self, kept: int) -> Tensor:
+        """Where the logits of so many positions go."""
+        values: Any = self.program.output_node.args[0]
+        kind = values[self.program.outputs.index("logits")].meta["type"]
+        return empty(kind, len(self.lengths), kept=kept)
+
+
+def _copied(logits: Tensor) -> Tensor:
+    return torch.from_numpy(logits.numpy().copy())  # numpy: see qcompiler/sampling.py
+
+
+def empty(kind: Type, batch: int, past: int = 0, kept: int = 1) -> Tensor:
+    """Zeros of a type, with room for `past` positions in a cache."""
+    sizes = {"batch": batch, "past": past, "kept": kept}
+    shape = [sizes[size] if isinstance(size, str) else size for size in kind.shape]
+    return torch.zeros(shape, dtype=kind.dtype)
+
+
+def bind(how: Any, name: str, tensor: Tensor) -> None:
+    """Bind a tensor's memory as an input or an output; the tensor must outlive the binding."""
+    how(name, "cpu", 0, tensor.numpy().dtype, tuple(tensor.shape), tensor.data_ptr())
