@@ -24,6 +24,7 @@ def run(name: str, *arguments: str) -> str:
 
 def test_every_example_is_tested() -> None:
     tested = {"torch_compile.py", "huggingface_to_onnx.py", "own_calibration.py"}
+    tested |= {"plain_onnxruntime.py"}  # tests/test_travel.py
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 

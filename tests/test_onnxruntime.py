@@ -231,7 +231,8 @@ def test_eight_bit_activations_are_close() -> None:
 def test_files_reload_to_the_same_bits(tmp_path: Path) -> None:
     program = decoder_program(quantize=rounded("int4:g32:asym"))
     first = EXACT.lower(program, tmp_path)({"input_ids": IDS})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    files = ["genai_config.json", "model.onnx", "model.onnx.data"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == files
     runner = EXACT.load(program, tmp_path)
     again = runner({"input_ids": IDS})
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -46,7 +46,11 @@ class OnnxRuntime(Backend):
         return try_rule(program, node)
 
     def lower(self, program: Program, folder: Path | None = None) -> Runner:
-        """Write model.onnx and model.onnx.data to `folder` (or a temporary one) and open them."""
+        """Write model.onnx and model.onnx.data to `folder` (or a temporary one) and open them.
+
+        With a genai_config.json where onnxruntime-genai can run them too.
+        """
+        from qcompiler.backends.onnxruntime.genai import write_config
         from qcompiler.backends.onnxruntime.lowering import Options
         from qcompiler.backends.onnxruntime.rules import export
         from qcompiler.backends.onnxruntime.runner import OnnxRunner
@@ -58,7 +62,10 @@ class OnnxRuntime(Backend):
         place.mkdir(parents=True, exist_ok=True)
         limit = min(self.max_positions, program.info.get("max_positions") or self.max_positions)
         export(program, place, Options(self.accuracy_level, self.padding, limit))
-        return OnnxRunner(program, place, self.threads, temporary)
+        runner = OnnxRunner(program, place, self.threads, temporary)
+        answer = write_config(program, place, runner.about, runner.inputs) if program.caches else True
+        runner.refusals = (answer,) if isinstance(answer, No) else ()
+        return runner
 
     def load(self, program: Program, folder: Path) -> Runner:
         """Open the files that `lower` wrote to `folder`; they are written again if they are not there."""

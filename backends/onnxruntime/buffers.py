@@ -32,7 +32,8 @@ class SharedDecoder(Decoder):
         self.mask = torch.zeros((batch, capacity), dtype=torch.int64)
         self.ids, self.positions = (torch.zeros((batch, 1), dtype=torch.int64) for _ in range(2))
         self.kept = torch.zeros(1, dtype=torch.int64)
-        self.logits = self._room(1)
+        values: Any = program.output_node.args[0]
+        self.logits = empty(values[program.outputs.index("logits")].meta["type"], batch)
         # Made once: binding everything costs a tenth of a small step. The mask alone grows.
         self.single = self._bind(self.ids, self.positions, self.kept, self.logits)
 
@@ -56,7 +57,7 @@ class SharedDecoder(Decoder):
         self.mask.scatter_(1, self.lengths[:, None], 1)
         self.lengths += 1
         self._run(self.single)
-        return _copied(self.logits)[:, 0]
+        return torch.from_numpy(self.logits.numpy()[:, 0].copy())  # numpy: see qcompiler/sampling.py
 
     def _prompt(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Several positions at once; the logits of each row's last."""
@@ -69,36 +70,31 @@ class SharedDecoder(Decoder):
         self.lengths += counts
         self.mask.copy_(torch.arange(self.capacity) < self.lengths[:, None])
         kept, row = torch.unique(counts - 1, return_inverse=True)
-        ids, logits = ids.contiguous(), self._room(len(kept))
-        self._run(self._bind(ids, positions, kept, logits), start + new)
-        return _copied(logits)[torch.arange(len(ids)), row]
+        ids = ids.contiguous()  # it must outlive the binding
+        binding = self._bind(ids, positions, kept)
+        self._run(binding, start + new)
+        logits = torch.from_numpy(binding.get_outputs()[0].numpy())
+        return logits[torch.arange(len(ids)), row]
 
     def _run(self, binding: ort.IOBinding, total: int | None = None) -> None:
         mask = self.mask[:, : total or int(self.lengths.max())].contiguous()
         bind(binding.bind_input, MASK, mask)
         self.session.run_with_iobinding(binding)
 
-    def _bind(self, ids: Tensor, positions: Tensor, kept: Tensor, logits: Tensor) -> ort.IOBinding:
-        """A binding of all buffers but the mask."""
+    def _bind(self, ids: Tensor, positions: Tensor, kept: Tensor, logits: Tensor | None = None) -> ort.IOBinding:
+        """A binding of all buffers but the mask; without one for the logits they are made as large as they get."""
         binding = self.session.io_binding()
         buffers = {self.program.inputs[0].name: ids, "position_ids": positions, "logits_positions": kept} | self.caches
         for name in self.inputs:
             if name != MASK:
                 bind(binding.bind_input, name, buffers[name])
-        bind(binding.bind_output, "logits", logits)
+        if logits is None:
+            binding.bind_output("logits", "cpu")
+        else:
+            bind(binding.bind_output, "logits", logits)
         for past, present in self.program.info["caches"].items():
             bind(binding.bind_output, present, self.caches[past])
         return binding
-
-    def _room(self, kept: int) -> Tensor:
-        """Where the logits of so many positions go."""
-        values: Any = self.program.output_node.args[0]
-        kind = values[self.program.outputs.index("logits")].meta["type"]
-        return empty(kind, len(self.lengths), kept=kept)
-
-
-def _copied(logits: Tensor) -> Tensor:
-    return torch.from_numpy(logits.numpy().copy())  # numpy: see qcompiler/sampling.py
 
 
 def empty(kind: Type, batch: int, past: int = 0, kept: int = 1) -> Tensor:

@@ -146,10 +146,14 @@ class Graph:
         ir.save(model, folder / MODEL)
 
     def _end(self, name: str, value: ir.Value) -> ir.Value:
-        """The graph output called `name`."""
+        """The graph output called `name`, in the shape it has with every input's default.
+
+        onnxruntime-genai makes room by it; who gives such an input gets what that asks for.
+        """
         end = self.op("Identity", value, name=name) if value.producer() is None or value.is_graph_output() else value
         end.name = name
-        end.type, end.shape = value.type, value.shape
+        usual = {s: n for d in self.defaults for s, n in zip(sizes_of(d), d.const_value.shape, strict=True)}  # type: ignore[union-attr]
+        end.type, end.shape = value.type, ir.Shape([usual.get(size, size) for size in sizes_of(value)])
         return end
 
 
