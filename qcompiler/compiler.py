@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -137,12 +138,14 @@ def load(folder: str | Path, backend: str | Backend | None = None) -> Session:
     saved = artifact.load(Path(folder))
     compiled_for = str(saved.manifest["backend"])
     chosen = _backends(backend or compiled_for)[0]
-    tokenizer = artifact.tokenizer(Path(folder))
+    files: Path | tempfile.TemporaryDirectory[str]
     if backend is None or backend == compiled_for:
-        return Session(saved.program, chosen.load(saved.program, Path(folder)), saved.report, tokenizer, Path(folder))
-    files = scratch_folder()
-    runner = place(saved.program, [chosen]).backend.lower(saved.program, Path(files.name))
-    return Session(saved.program, runner, saved.report, tokenizer, files)
+        files, runner = Path(folder), chosen.load(saved.program, Path(folder))
+    else:
+        files = scratch_folder()
+        runner = place(saved.program, [chosen]).backend.lower(saved.program, Path(files.name))
+    read_tokenizer = partial(artifact.tokenizer, Path(folder))
+    return Session(saved.program, runner, saved.report, files=files, read_tokenizer=read_tokenizer)
 
 
 def scratch_folder() -> "tempfile.TemporaryDirectory[str]":

@@ -21,6 +21,7 @@ from qcompiler.bench import Job, measure_apart
 from qcompiler.compiler import capture, compile
 from qcompiler.progress import Reporter
 from qcompiler.report import Report
+from qcompiler.session import Session
 from qcompiler.show import report_view
 from qcompiler.source import demo_model
 
@@ -82,9 +83,8 @@ def _compile_both(out: Path, original: Path, recipe: str) -> Report:
         session.save(out)
         progress("preparing the original for comparison", 0, 0)
         program.info.pop("tokenizer", None)  # it takes seconds to read, and is at hand
-        plain = compile(program, ORIGINAL, backend=BACKEND)
-        plain.tokenizer = session.tokenizer
-        plain.save(original)
+        made = compile(program, ORIGINAL, backend=BACKEND)
+        Session(made.program, made.runner, made.report, session.tokenizer, made.folder).save(original)
     return session.report
 
 

@@ -32,13 +32,21 @@ class Session:
         report: Report,
         tokenizer: Any = None,
         files: "Path | tempfile.TemporaryDirectory[str] | None" = None,
+        read_tokenizer: Callable[[], Any] | None = None,
     ) -> None:
         self.program = program
         self.runner = runner
         self.report = report
-        self.tokenizer = tokenizer
+        self._tokenizer, self._read_tokenizer = tokenizer, read_tokenizer
         self._scratch = files  # a temporary folder lives as long as the session
         self.folder = Path(files.name) if isinstance(files, tempfile.TemporaryDirectory) else files
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, or None; a saved one is read when it is first wanted, which takes a second or two."""
+        if self._read_tokenizer is not None:
+            self._tokenizer, self._read_tokenizer = self._read_tokenizer(), None
+        return self._tokenizer
 
     def __call__(self, input_ids: Tensor | None = None, **inputs: Tensor) -> Tensor:
         """The first output (the logits [batch, sequence, vocabulary] of a language model) for the given inputs."""

@@ -69,7 +69,7 @@ class OnnxRuntime(Backend):
 
     def load(self, program: Program, folder: Path) -> Runner:
         """Open the files that `lower` wrote to `folder`; they are written again if they are not there."""
-        from qcompiler.backends.onnxruntime.graph import MODEL
+        from qcompiler.backends.onnxruntime.names import MODEL
         from qcompiler.backends.onnxruntime.runner import OnnxRunner
 
         self._check()

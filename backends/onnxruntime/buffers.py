@@ -7,7 +7,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from qcompiler.backends.onnxruntime.decoder import MASK
+from qcompiler.backends.onnxruntime.names import MASK
 from qcompiler.errors import BackendError
 from qcompiler.padding import Shift
 from qcompiler.program import Program, Type

@@ -12,12 +12,12 @@ from qcompiler.backends.onnxruntime.caches import Storage
 from qcompiler.backends.onnxruntime.fusions import heads_last, is_vector
 from qcompiler.backends.onnxruntime.graph import Stored, typed
 from qcompiler.backends.onnxruntime.lowering import Lowering, operator_name, schema_arguments
+from qcompiler.backends.onnxruntime.names import MASK
 from qcompiler.errors import No
 from qcompiler.execution import execute
 from qcompiler.program import Program, Type
 from qcompiler.rewrite import named_arguments
 
-MASK = "attention_mask"
 UNIT = 8  # the operator wants head sizes and rotary widths in these units
 
 

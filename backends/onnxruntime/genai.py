@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qcompiler.backends.onnxruntime.decoder import MASK
-from qcompiler.backends.onnxruntime.graph import MODEL
+from qcompiler.backends.onnxruntime.names import MASK, MODEL
 from qcompiler.errors import No
 from qcompiler.ops import qc
 from qcompiler.program import Program, Type
@@ -68,7 +67,7 @@ def _config(
             "eos_token_id": ends,
             "pad_token_id": special,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {"log_id": "onnxruntime-genai", "log_severity_level": 3, "provider_options": []},
                 "filename": MODEL,
                 "hidden_size": heads * width,
                 "head_size": width,

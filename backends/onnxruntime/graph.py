@@ -12,13 +12,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from qcompiler.backends.onnxruntime.names import DATA, METADATA, MODEL
 from qcompiler.program import Type
 
 OPSET = 23
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
-METADATA = "qcompiler"
-MODEL, DATA = "model.onnx", "model.onnx.data"
 PAGE = 4096  # large tensors start on a page, so that ONNX Runtime can map them instead of copying
 
 ONNX_DTYPES = {

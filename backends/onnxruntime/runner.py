@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.onnxruntime.buffers import SharedDecoder, empty
-from qcompiler.backends.onnxruntime.decoder import MASK
-from qcompiler.backends.onnxruntime.graph import METADATA, MODEL
+from qcompiler.backends.onnxruntime.names import MASK, METADATA, MODEL
 from qcompiler.errors import BackendError, No
 from qcompiler.padding import Shift
 from qcompiler.program import Program, Type
