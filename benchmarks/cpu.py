@@ -1,0 +1,143 @@
+"""Decoders on a CPU against the engines that people use, alternating in one run; writes results/cpu.json.
+
+    python benchmarks/cpu.py --ours NAME=FOLDER ... [--llama PYTHON=Q4_0.gguf] [--xllama PYTHON=Q4_0.gguf]
+        [--genai PYTHON=FOLDER] [--rounds 7] [--text FILE]
+
+All use two threads. Prefill is 512 tokens with the logits of the last, decode 128 single tokens; while one measures,
+the others wait. Every engine lives in a process of its own, ours in plain onnxruntime (peers/onnxruntime_bench.py), so
+that memory is comparable. Ratios are medians of the ratios by round. peers/README.md says how the environments are
+made.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import write
+
+PEERS = Path(__file__).parent / "peers"
+SCRIPTS = {
+    "ours": ("onnxruntime_bench.py",),
+    "llama": ("llama_cpp_bench.py", "--serve", "--engine", "llama_cpp"),
+    "xllama": ("llama_cpp_bench.py", "--serve", "--engine", "xllamacpp"),
+    "genai": ("genai_bench.py",),
+}
+SHOWN = {"llama": "llama.cpp (built here)", "xllama": "llama.cpp (xllamacpp)", "genai": "onnxruntime-genai"}
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ours", nargs="+", required=True, metavar="NAME=FOLDER")
+    for kind, shown in SHOWN.items():
+        parser.add_argument(f"--{kind}", metavar="PYTHON=MODEL", help=shown)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--long", action="store_true", help="also decode behind 2048 positions (ours only)")
+    parser.add_argument("--name", default="cpu", help="of the file in results/")
+    options = parser.parse_args()
+
+    ours = dict(pair.split("=", 1) for pair in options.ours)
+    engines = {name: Engine("ours", sys.executable, folder, options.threads) for name, folder in ours.items()}
+    for kind, shown in SHOWN.items():
+        if given := getattr(options, kind):
+            engines[shown] = Engine(kind, *given.split("=", 1), options.threads)
+    figures: dict[str, Any] = {"rounds": options.rounds, "engines": {name: {} for name in engines}}
+    samples: dict[str, dict[str, list[float]]] = {}
+    for what in ("prefill", "decode", *(("long",) if options.long else ())):
+        asked = {name: engine for name, engine in engines.items() if what != "long" or name in ours}
+        samples[what] = alternate(asked, what, options.rounds)
+        for name, found in samples[what].items():
+            figures["engines"][name][f"{what}_tokens_per_s"] = spread(found)
+    for name, engine in engines.items():
+        figures["engines"][name] |= {"load_s": round(engine.load_s, 2), "peak_rss_mb": engine.peak}
+        engine.close()
+    figures |= {"against": {name: against(name, samples, figures["engines"], list(ours)) for name in ours}}
+    figures |= next(iter(figures["against"].values()))  # the first of ours, under the keys that people look for
+    print(json.dumps(figures, indent=1))
+    print("written to", write(options.name, figures))
+
+
+class Engine:
+    """A peer script that waits for commands."""
+
+    def __init__(self, kind: str, python: str, model: str, threads: int) -> None:
+        script, *rest = SCRIPTS[kind]
+        command = [python, str(PEERS / script), model, *rest, "--threads", str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.load_s, self.peak = 0.0, 0.0
+        greeting = self._answer()
+        self.load_s = float(greeting.get("load_s") or greeting.get("load_seconds") or 0.0)
+
+    def ask(self, command: str) -> float:
+        """Tokens a second."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        found = self._answer()
+        self.peak = found["peak_rss_mb"] if command != "long" else self.peak
+        return float(found["tokens_per_s"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a peer ended: {self.process.args}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        """Let it end."""
+        self.process.communicate("quit\n", timeout=60)
+
+
+def alternate(engines: dict[str, Engine], what: str, rounds: int) -> dict[str, list[float]]:
+    """Every engine once unmeasured, then one after the other, `rounds` times."""
+    for engine in engines.values():
+        engine.ask(what)
+    samples: dict[str, list[float]] = {name: [] for name in engines}
+    for i in range(rounds):
+        # In both directions in turn: who follows whom must not matter.
+        for name, engine in list(engines.items())[:: 1 if i % 2 == 0 else -1]:
+            samples[name].append(engine.ask(what))
+    return samples
+
+
+def against(
+    mine: str, samples: dict[str, dict[str, list[float]]], engines: dict[str, Any], ours: Sequence[str]
+) -> dict[str, float]:
+    """How one of ours compares with the others: the faster llama.cpp, and genai."""
+    found: dict[str, float] = {}
+    for what in ("decode", "prefill"):
+        paces = samples[what]
+        llamas = [SHOWN[kind] for kind in ("llama", "xllama") if SHOWN[kind] in paces]
+        if llamas:
+            faster = max(llamas, key=lambda name: statistics.median(paces[name]))
+            found[f"{what}_vs_llama_cpp"] = ratio(paces[mine], paces[faster])
+            peak = engines[mine]["peak_rss_mb"] / engines[faster]["peak_rss_mb"]
+            found["peak_memory_vs_llama_cpp"] = round(peak, 3)
+        if SHOWN["genai"] in paces:
+            found[f"{what}_vs_genai"] = ratio(paces[mine], paces[SHOWN["genai"]])
+    if "long" in samples and mine != ours[0]:
+        found[f"decode_at_2048_vs_{ours[0]}"] = ratio(samples["long"][mine], samples["long"][ours[0]])
+    return found
+
+
+def ratio(mine: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the ratios by round."""
+    return round(statistics.median(a / b for a, b in zip(mine, others, strict=True)), 3)
+
+
+def spread(samples: Sequence[float]) -> dict[str, float]:
+    """Median, best and worst."""
+    found = {"median": statistics.median(samples), "best": max(samples), "worst": min(samples)}
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+if __name__ == "__main__":
+    main()
