@@ -41,6 +41,14 @@ MANY = 256  # tokens: more than one block of them, so that k is not split
 
 
 @triton.jit
+def stretch(step, start: tl.constexpr, BK: tl.constexpr, SIZE: tl.constexpr):
+    """Which stretch of SIZE columns column step * BK + start is in; where known, its last bits are seen to be."""
+    if BK % SIZE == 0:
+        return step * (BK // SIZE) + start // SIZE
+    return (step * BK + start) // SIZE
+
+
+@triton.jit
 def linear_wq_kernel(
     x,
     words,
@@ -105,11 +113,11 @@ def linear_wq_kernel(
                     spare = take_top(spare, raw)
             if start % GROUP == 0:
                 if start % (2 * GROUP) == 0:
-                    pair = tl.load(scales + (here * BK + start) // (2 * GROUP) * FULL + n)
+                    pair = tl.load(scales + stretch(here, start, BK, 2 * GROUP) * FULL + n)
                 if start % (PER_WORD * GROUP) == 0:
-                    place = (here * BK + start) // (PER_WORD * GROUP) * FULL
+                    place = stretch(here, start, BK, PER_WORD * GROUP) * FULL
                     more = pair if GRID == MIDDLE else tl.load(zeros + place + n)
-                multiplier, addend = grid_of(pair, more, (here * BK + start) // GROUP, BITS, GRID, DTYPE)
+                multiplier, addend = grid_of(pair, more, stretch(here, start, BK, GROUP), BITS, GRID, DTYPE)
             if RAGGED:
                 mask = there & (step * BK + start + i[:, None] < K)
             columns = tl.load(x_at + start, mask=mask, other=0.0)
@@ -209,7 +217,6 @@ ARGUMENTS = {
     "tokens": "i32",
 }
 BUDGET = {2: 1.9, 3: 2.9, 4: 2.6, 8: 5.5}  # instructions for a weight: 16 tokens, groups of 128, steps of full length
-ASYMMETRIC = {2: 0.05}  # more, for the zero points: their four bytes a step are few, but two bits leave time for less
 
 
 def build(text: str, n: int, k: int, tokens: int, dtype: str = "fp16", device: Device = H200) -> Build:
@@ -218,7 +225,6 @@ def build(text: str, n: int, k: int, tokens: int, dtype: str = "fp16", device: D
     columns = tile_columns(scheme, n, k)
     config = configure(n, k, columns, scheme.bits, tokens, device)
     held = tokens <= 16 and scheme.group_of(k) >= 128 and columns == COLUMNS[scheme.bits]
-    budget = BUDGET[scheme.bits] + (0.0 if scheme.symmetric else ASYMMETRIC.get(scheme.bits, 0.0))
     return Build(
         name=f"linear_wq {text} {dtype} {n}x{k} M={tokens}",
         kernel=linear_wq_kernel,
@@ -230,7 +236,7 @@ def build(text: str, n: int, k: int, tokens: int, dtype: str = "fp16", device: D
             **constants((n, k), group_of(scheme, k, columns), columns, config),
         },
         handled=ROWS * columns,
-        budget=budget if held else 0.0,
+        budget=BUDGET[scheme.bits] if held else 0.0,
         warps=config.warps,
         stages=config.stages,
     )
