@@ -25,7 +25,16 @@ from qcompiler.kernels.cost import H200, Cost, Device, device_at
 from qcompiler.kernels.packed_weight import COLUMNS, ROWS, PackedWeight, group_of, tile_columns
 from qcompiler.kernels.planes import MIDDLE, MINIMA, grid_of, take_top, unpack
 from qcompiler.kernels.sass import Build
-from qcompiler.kernels.split import Config, add_parts, leave_part, parts_of_k, room_for, store_sums, token_block
+from qcompiler.kernels.split import (
+    Config,
+    add_parts,
+    leave_part,
+    most_registers,
+    parts_of_k,
+    room_for,
+    store_sums,
+    token_block,
+)
 from qcompiler.scheme import Scheme
 from qcompiler.target import Kernel, bits, channel_or_group, integer_codes, matrix, without
 
@@ -193,6 +202,7 @@ def linear_wq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, confi
         **constants(weight.shape, weight.group, weight.columns, chosen),
         num_warps=chosen.warps,
         num_stages=chosen.stages,
+        maxnreg=most_registers(device_at(x.get_device())),
     )
     return out
 
@@ -216,7 +226,10 @@ ARGUMENTS = {
     "arrived": "*i32",
     "tokens": "i32",
 }
-BUDGET = {2: 1.9, 3: 2.9, 4: 2.6, 8: 5.5}  # instructions for a weight: 16 tokens, groups of 128, steps of full length
+# Instructions for a weight: 16 tokens, groups of 128, steps of full length. Blackwell's unpacked weights are stored to
+# the tensor cores' own memory, which costs 3 bits, whose steps are short, the most.
+BUDGET = {2: 1.9, 3: 2.9, 4: 2.6, 8: 5.5}
+BLACKWELL = BUDGET | {3: 3.5}
 
 
 def build(text: str, n: int, k: int, tokens: int, dtype: str = "fp16", device: Device = H200) -> Build:
@@ -225,6 +238,7 @@ def build(text: str, n: int, k: int, tokens: int, dtype: str = "fp16", device: D
     columns = tile_columns(scheme, n, k)
     config = configure(n, k, columns, scheme.bits, tokens, device)
     held = tokens <= 16 and scheme.group_of(k) >= 128 and columns == COLUMNS[scheme.bits]
+    budget = (BLACKWELL if device.capability >= 100 else BUDGET)[scheme.bits]
     return Build(
         name=f"linear_wq {text} {dtype} {n}x{k} M={tokens}",
         kernel=linear_wq_kernel,
@@ -236,9 +250,10 @@ def build(text: str, n: int, k: int, tokens: int, dtype: str = "fp16", device: D
             **constants((n, k), group_of(scheme, k, columns), columns, config),
         },
         handled=ROWS * columns,
-        budget=BUDGET[scheme.bits] if held else 0.0,
+        budget=budget if held else 0.0,
         warps=config.warps,
         stages=config.stages,
+        registers=most_registers(device),
     )
 
 
