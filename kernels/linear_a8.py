@@ -18,28 +18,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qcompiler.errors import No
 from qcompiler.kernels.cost import H200, Cost, Device, device_of
 from qcompiler.kernels.packed_integers import MAGIC, WIDTH, PackedIntegers, sums_of
 from qcompiler.kernels.packed_weight import ROWS
 from qcompiler.kernels.sass import Build
 from qcompiler.kernels.split import Config, add_parts, leave_part, parts_of_k, token_block
 from qcompiler.rounding import activation_scheme
-from qcompiler.scheme import QTensor
-from qcompiler.target import Accept, Answer, Kernel, bits, channel_or_group, integer_codes, matrix, without
-
-
-def sums_fit(weight: QTensor) -> Answer:
-    """Whether a row's sum fits in 32 bits: of 255 * 128 at most for a column, with zero points 255 * 255."""
-    most = 65536 if weight.zero is None else 32768
-    return weight.columns <= most or No(f"k={weight.columns} is more than {most}")
-
+from qcompiler.target import Accept, Kernel, bits, channel_or_group, integer_codes, k_at_most, matrix, without
 
 SUITABLE = (
     integer_codes()
     & channel_or_group(32, 64, 128)
     & matrix()
-    & Accept("k_at_most(65536; with zero points 32768)", sums_fit)
+    & k_at_most(65536)  # a column adds at most 255 * 128 to a row's sum, of 32 bits; with zero points 255 * 255
+    & Accept("(without(zero) | k_at_most(32768))", lambda weight: weight.zero is None or k_at_most(32768)(weight))
     & without("minimum", "codebook", "boundaries", "permutation")
 )
 W4A8 = Kernel("linear_w4a8", "integer_linear", bits(4) & SUITABLE)
@@ -264,8 +256,9 @@ def build(
     columns = (run if run < k else WIDTH) * (8 // width)
     config = configure(n, -(-k // columns), run < k, tokens, device)
     kind = activation_scheme(activation)
+    weight = f"linear_w{width}a8{' asym' if zeros else ''} run={run if run < k else 'k'}"
     return Build(
-        name=f"linear_w{width}a8{' asym' if zeros else ''} run={run if run < k else 'k'} {activation} {n}x{k} M={tokens}",
+        name=f"{weight} {activation} {n}x{k} M={tokens}",
         kernel=linear_a8_kernel,
         arguments=ARGUMENTS,
         constants={

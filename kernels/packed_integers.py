@@ -23,8 +23,9 @@ class PackedIntegers:
 
     A run is a stretch of columns that share one scale in both; what lies in it is added up in integers.
 
-    - `words`: int8 [tiles of n, products, rows, width], code less half the levels; with 4 bits a byte holds column i of the
-      product's first half in its low bits, and of its second half in its high ones, and `width` is half the columns
+    - `words`: int8 [tiles of n, products, rows, width], code less half the levels; with 4 bits a byte holds column i
+      of the product's first half in its low bits, and of its second half in its high ones, and `width` is half the
+      columns
     - `factors`: float32 [runs, n, filled up]: the weight's scale, times a static activation's
     - `starts`: int32 [runs, n, filled up]: what a static activation's zero point takes from each run's sum; of a
       dynamic one, the sum of the weight's codes less zero points, which each token's zero point is multiplied by
@@ -86,6 +87,11 @@ class PackedIntegers:
         """The same on another device."""
         moved: dict[str, Any] = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, **moved)
+
+    @property
+    def counted(self) -> int:
+        """Of how many columns the sums of an activation's codes are needed: a run with zero points; 0 is none."""
+        return 0 if self.zeros is None else self.run
 
     @property
     def columns(self) -> int:

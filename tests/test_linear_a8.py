@@ -124,10 +124,8 @@ def test_the_largest_sums_with_zero_points_are_exact(bits: int, low: bool, schem
     weight = QTensor.encode(values, kind, torch.ones(zero.shape), zero)
     for point in (0.0, 255.0):
         x = torch.full((1, 256), 255.0 if point == 0 else -255.0)
-        grid = (
-            [torch.ones(2), torch.full((2,), point)] if scheme == "g128" else [torch.ones(1), torch.full((1,), point)]
-        )
         activation = "int8:g128:asym" if scheme == "g128" else "int8:tensor:asym"
+        grid = [torch.ones(kind.groups(256)), torch.full((kind.groups(256),), point)]
         codes, _, _ = codes_of(x, grid, activation_scheme(activation))
         stored = (codes - 128).flatten(-2).to(torch.int8)
         found = linear_a8(stored, PackedIntegers.pack(weight, activation, grid), dtype=torch.float32)
