@@ -9,8 +9,8 @@ from torch import Tensor
 
 from qcompiler.kernels.cost import H200, Device
 from qcompiler.kernels.kv_cache import QuantizedCache, accepts, nf4
-from qcompiler.kernels.norm_quantize import divide
 from qcompiler.kernels.packed_integers import MAGIC
+from qcompiler.kernels.quantize import divide
 from qcompiler.kernels.sass import Build
 from qcompiler.rounding import NF4
 from qcompiler.scheme import Scheme

@@ -227,7 +227,7 @@ def window_append(
             places,
             **fixed,
             **of_blocks(keys, window),
-            num_warps=4,
+            num_warps=8,
         )
 
 
@@ -274,4 +274,5 @@ def builds(device: Device = H200) -> Iterator[Build]:
         arguments={"k": "*fp16", "float_keys": "*fp16", "words": "*i16", "grids": "*fp16", "units": "*fp32"} | integers,
         constants=fixed | of_blocks(keys, window),
         handled=128 * 128,
+        warps=8,
     )

@@ -20,7 +20,7 @@ from qcompiler.kernels.packed_blocks import KINDS, SUPERBLOCK, Kind, PackedBlock
 from qcompiler.kernels.packed_weight import ROWS
 from qcompiler.kernels.planes import MIDDLE, join_six, unpack
 from qcompiler.kernels.sass import Build
-from qcompiler.kernels.split import Config, add_parts, leave_part, room_for, store_sums
+from qcompiler.kernels.split import Config, add_parts, leave_part, most_registers, room_for, store_sums
 from qcompiler.target import Accept, Kernel, matrix, without
 
 ACCEPTS = matrix() & without("zero", "codebook", "boundaries", "permutation") & Accept("k_quant()", suits)
@@ -205,6 +205,7 @@ def linear_gguf(x: Tensor, weight: PackedBlocks, bias: Tensor | None = None, con
         **constants(weight.shape, weight.kind, chosen),
         num_warps=chosen.warps,
         num_stages=chosen.stages,
+        maxnreg=most_registers(device_of(x)),
     )
     return out
 
@@ -233,6 +234,7 @@ def build(kind: Kind, n: int, k: int, tokens: int, dtype: str = "fp16", device: 
         budget=BUDGET[kind.name] if tokens <= 16 else 0.0,
         warps=config.warps,
         stages=config.stages,
+        registers=most_registers(device),
     )
 
 

@@ -25,7 +25,16 @@ from qcompiler.kernels.cost import H200, Cost, Device, device_at
 from qcompiler.kernels.packed_weight import COLUMNS, ROWS, PackedWeight, group_of, tile_columns
 from qcompiler.kernels.planes import MIDDLE, MINIMA, grid_of, take_top, unpack
 from qcompiler.kernels.sass import Build
-from qcompiler.kernels.split import Config, add_parts, leave_part, parts_of_k, room_for, store_sums, token_block
+from qcompiler.kernels.split import (
+    Config,
+    add_parts,
+    leave_part,
+    most_registers,
+    parts_of_k,
+    room_for,
+    store_sums,
+    token_block,
+)
 from qcompiler.scheme import Scheme
 from qcompiler.target import Kernel, bits, channel_or_group, integer_codes, matrix, without
 
@@ -38,6 +47,14 @@ ACCEPTS = (
 )
 KERNEL = Kernel("linear_wq", "linear", ACCEPTS)
 MANY = 256  # tokens: more than one block of them, so that k is not split
+
+
+@triton.jit
+def stretch(step, start: tl.constexpr, BK: tl.constexpr, SIZE: tl.constexpr):
+    """Which stretch of SIZE columns column step * BK + start is in; where known, its last bits are seen to be."""
+    if BK % SIZE == 0:
+        return step * (BK // SIZE) + start // SIZE
+    return (step * BK + start) // SIZE
 
 
 @triton.jit
@@ -105,11 +122,11 @@ def linear_wq_kernel(
                     spare = take_top(spare, raw)
             if start % GROUP == 0:
                 if start % (2 * GROUP) == 0:
-                    pair = tl.load(scales + (here * BK + start) // (2 * GROUP) * FULL + n)
+                    pair = tl.load(scales + stretch(here, start, BK, 2 * GROUP) * FULL + n)
                 if start % (PER_WORD * GROUP) == 0:
-                    place = (here * BK + start) // (PER_WORD * GROUP) * FULL
+                    place = stretch(here, start, BK, PER_WORD * GROUP) * FULL
                     more = pair if GRID == MIDDLE else tl.load(zeros + place + n)
-                multiplier, addend = grid_of(pair, more, (here * BK + start) // GROUP, BITS, GRID, DTYPE)
+                multiplier, addend = grid_of(pair, more, stretch(here, start, BK, GROUP), BITS, GRID, DTYPE)
             if RAGGED:
                 mask = there & (step * BK + start + i[:, None] < K)
             columns = tl.load(x_at + start, mask=mask, other=0.0)
@@ -185,6 +202,7 @@ def linear_wq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, confi
         **constants(weight.shape, weight.group, weight.columns, chosen),
         num_warps=chosen.warps,
         num_stages=chosen.stages,
+        maxnreg=most_registers(device_at(x.get_device())),
     )
     return out
 
@@ -208,8 +226,10 @@ ARGUMENTS = {
     "arrived": "*i32",
     "tokens": "i32",
 }
-BUDGET = {2: 1.9, 3: 2.9, 4: 2.6, 8: 5.5}  # instructions for a weight: 16 tokens, groups of 128, steps of full length
-ASYMMETRIC = {2: 0.05}  # more, for the zero points: their four bytes a step are few, but two bits leave time for less
+# Instructions for a weight: 16 tokens, groups of 128, steps of full length. Blackwell's unpacked weights are stored to
+# the tensor cores' own memory, which costs 3 bits, whose steps are short, the most.
+BUDGET = {2: 1.9, 3: 2.9, 4: 2.6, 8: 5.5}
+BLACKWELL = BUDGET | {3: 3.5}
 
 
 def build(text: str, n: int, k: int, tokens: int, dtype: str = "fp16", device: Device = H200) -> Build:
@@ -218,7 +238,7 @@ def build(text: str, n: int, k: int, tokens: int, dtype: str = "fp16", device: D
     columns = tile_columns(scheme, n, k)
     config = configure(n, k, columns, scheme.bits, tokens, device)
     held = tokens <= 16 and scheme.group_of(k) >= 128 and columns == COLUMNS[scheme.bits]
-    budget = BUDGET[scheme.bits] + (0.0 if scheme.symmetric else ASYMMETRIC.get(scheme.bits, 0.0))
+    budget = (BLACKWELL if device.capability >= 100 else BUDGET)[scheme.bits]
     return Build(
         name=f"linear_wq {text} {dtype} {n}x{k} M={tokens}",
         kernel=linear_wq_kernel,
@@ -233,6 +253,7 @@ def build(text: str, n: int, k: int, tokens: int, dtype: str = "fp16", device: D
         budget=budget if held else 0.0,
         warps=config.warps,
         stages=config.stages,
+        registers=most_registers(device),
     )
 
 

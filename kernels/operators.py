@@ -33,7 +33,9 @@ from qcompiler.kernels.linear_gguf import linear_gguf
 from qcompiler.kernels.linear_nf4 import PackedCodebook, linear_nf4
 from qcompiler.kernels.linear_wq import linear_wq
 from qcompiler.kernels.packed_blocks import PackedBlocks
+from qcompiler.kernels.packed_integers import sums_of
 from qcompiler.kernels.packed_weight import PackedWeight
+from qcompiler.kernels.quantize import Quantized, quantize
 from qcompiler.kernels.records import join, join_all, numbers
 from qcompiler.ops import Operators, reordered_norm
 from qcompiler.rounding import activation_scheme, codes_of
@@ -42,9 +44,10 @@ from qcompiler.scheme import Scheme
 SCHEMAS = {
     "linear": "(Tensor x, Tensor[] weight, Tensor? bias=None, *, str spec) -> Tensor",
     "linear_a8": "(Tensor x, Tensor[] weight, Tensor[] grid, Tensor? bias=None, *, str spec) -> Tensor",
-    "linear_codes": "(Tensor codes, Tensor scale, Tensor zero, Tensor[] weight, Tensor? bias=None, "
+    "linear_codes": "(Tensor codes, Tensor scale, Tensor zero, Tensor sums, Tensor[] weight, Tensor? bias=None, "
     "*, str spec, ScalarType dtype) -> Tensor",
-    "norm_quantize": "(Tensor x, Tensor? residual, Tensor[] norm, *, str spec) -> (Tensor, Tensor, Tensor, Tensor)",
+    "norm_quantize": "(Tensor x, Tensor? residual, Tensor[] norm, *, str spec) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "attend": "(Tensor q, Tensor k, Tensor v, Tensor(a!)[] caches, Tensor places, "
     "*, str spec, float scale, int left=-1) -> Tensor",
 }
@@ -84,14 +87,20 @@ def run_linear_a8(
     x: Tensor, weight: Sequence[Tensor], grid: Sequence[Tensor], bias: Tensor | None = None, *, spec: str
 ) -> Tensor:
     """x [..., k], rounded by the PackedIntegers' scheme (static: to `grid`), times its weight, in integers."""
-    kind = activation_scheme(join(weight, spec).activation)
-    return run_linear_codes(*_rounded(x, grid, kind), weight, bias, spec=spec, dtype=x.dtype)
+    record = join(weight, spec)
+    if on_kernels(x):
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        made = _shaped(quantize(rows, grid, record.activation, record.counted), x)
+    else:
+        made = _rounded(x, grid, activation_scheme(record.activation), record.counted)
+    return run_linear_codes(*made, weight, bias, spec=spec, dtype=x.dtype)
 
 
 def run_linear_codes(
     codes: Tensor,
     scale: Tensor,
     zero: Tensor,
+    sums: Tensor,
     weight: Sequence[Tensor],
     bias: Tensor | None = None,
     *,
@@ -101,38 +110,37 @@ def run_linear_codes(
     """Codes int8 [..., k], less half the levels, times the weight [n, k] of a PackedIntegers transposed: [..., n].
 
     `scale` and `zero` float32 [...] are each token's, of a dynamic activation, zero of an asymmetric one and less half
-    the levels too; else they are empty.
+    the levels too; else they are empty. `sums` int32 [runs, ...] are those of the codes, for a weight with zero points.
     """
     record = join(weight, spec)
     if not on_kernels(codes):
         return _integers_by_meaning(codes, scale, zero, record, bias).to(dtype)
     token = [part.flatten() for part in (scale, zero) if part.numel()]
-    return linear_a8(codes.contiguous(), record, token, bias, dtype)
+    counted = sums.flatten(1) if record.counted else None
+    return linear_a8(codes.contiguous(), record, token, bias, dtype, sums=counted)
 
 
 def run_norm_quantize(
     x: Tensor, residual: Tensor | None, norm: Sequence[Tensor], *, spec: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The norm of a NormQuantize over x (plus residual) [..., width], rounded.
 
-    Returns codes int8 [..., width], less half the levels; scale and zero float32 [...], as `linear_codes` takes them;
-    and the sum of x and residual. What there is not is empty.
+    Returns codes int8 [..., width], less half the levels; scale and zero float32 [...], and sums, as `linear_codes`
+    takes them; and the sum of x and residual. What there is not is empty.
     """
     record = join(norm, spec)
-    kind, lead = activation_scheme(record.scheme), x.shape[:-1]
+    kind = activation_scheme(record.scheme)
     if on_kernels(x):
         rows = [None if part is None else part.reshape(-1, x.shape[-1]).contiguous() for part in (x, residual)]
         found = record(*rows)
-        token = [_nothing(x) if part is None else part.view(lead) for part in (found.scale, found.zero)]
-        added = x.new_empty(0) if found.added is None else found.added.view(x.shape)
-        return found.codes.view(x.shape), *token, added
+        return *_shaped(found, x), x.new_empty(0) if found.added is None else found.added.view(x.shape)
     added = x if residual is None else x + residual
     order = torch.arange(x.shape[-1]) if record.order is None else record.order.long()
     normed = reordered_norm(added.float(), None, None, order, kind=record.kind, eps=record.eps) * record.weight
     normed = (normed if record.bias is None else normed + record.bias).to(x.dtype)
     grid = [part for part in (record.scale, record.zero) if part is not None]  # one for each channel
-    rounded = _rounded(normed, grid, kind if kind.dynamic else replace(kind, granularity="channel", group_size=0))
-    return *rounded, x.new_empty(0) if residual is None else added
+    by_channel = kind if kind.dynamic else replace(kind, granularity="channel", group_size=0)
+    return *_rounded(normed, grid, by_channel, record.run), x.new_empty(0) if residual is None else added
 
 
 def run_attend(
@@ -169,13 +177,22 @@ def run_attend(
     return found[:, :, None].to(q.dtype)
 
 
-def _rounded(x: Tensor, grid: Sequence[Tensor], kind: Scheme) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes int8 [..., k] less half the levels; and scale and zero [...], each empty where the kind has none."""
+def _shaped(found: Quantized, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a kernel made of the rows of x [..., k], as x has them: codes, scale, zero, sums."""
+    token = [_nothing(x) if part is None else part.view(x.shape[:-1]) for part in (found.scale, found.zero)]
+    sums = _nothing(x) if found.sums is None else found.sums.view(-1, *x.shape[:-1])
+    return found.codes.view(x.shape), *token, sums
+
+
+def _rounded(x: Tensor, grid: Sequence[Tensor], kind: Scheme, run: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes int8 [..., k] less half the levels; scale and zero [...]; sums of runs; empty where there are none."""
     codes, scale, zero = codes_of(x, grid, kind)
     whole = (codes - (kind.levels >> 1)).flatten(-2)[..., : x.shape[-1]].to(torch.int8)
+    sums = sums_of(whole, run).view(-1, *x.shape[:-1]) if run else _nothing(x)
     if not kind.dynamic:
-        return whole, _nothing(x), _nothing(x)
-    return whole, scale.flatten(-3), _nothing(x) if kind.symmetric else (zero - (kind.levels >> 1)).flatten(-3)
+        return whole, _nothing(x), _nothing(x), sums
+    middle = _nothing(x) if kind.symmetric else (zero - (kind.levels >> 1)).flatten(-3)
+    return whole, scale.flatten(-3), middle, sums
 
 
 def _nothing(x: Tensor) -> Tensor:
@@ -187,6 +204,8 @@ def _integers_by_meaning(whole: Tensor, scale: Tensor, zero: Tensor, record: Any
     kind, lift = activation_scheme(record.activation), 16 if record.scheme.bits == 4 else 1
     n, k = record.shape
     steps = (record.unpack().double() - (record.scheme.levels >> 1)) * lift
+    if record.zeros is not None:
+        steps -= record.zeros[:, :n].double().repeat_interleave(record.run, 0)[:k].T
     total = torch.zeros(*whole.shape[:-1], n, device=whole.device)
     for run, start in enumerate(range(0, k, record.run)):
         stop = min(start + record.run, k)
@@ -222,17 +241,19 @@ def _fake_linear_a8(x, weight, grid, bias=None, *, spec):
     return x.new_empty((*x.shape[:-1], numbers(spec)["shape"][0]))
 
 
-def _fake_linear_codes(codes, scale, zero, weight, bias=None, *, spec, dtype):
+def _fake_linear_codes(codes, scale, zero, sums, weight, bias=None, *, spec, dtype):
     return codes.new_empty((*codes.shape[:-1], numbers(spec)["shape"][0]), dtype=dtype)
 
 
 def _fake_norm_quantize(x, residual, norm, *, spec):
-    kind = activation_scheme(numbers(spec)["scheme"])
+    known = numbers(spec)
+    kind, run = activation_scheme(known["scheme"]), known["run"]
     token = [
         x.new_empty(x.shape[:-1], dtype=torch.float32) if there else _nothing(x)
         for there in (kind.dynamic, kind.dynamic and not kind.symmetric)
     ]
-    return x.new_empty(x.shape, dtype=torch.int8), *token, x.new_empty(0 if residual is None else x.shape)
+    sums = x.new_empty((-(-x.shape[-1] // run), *x.shape[:-1]), dtype=torch.int32) if run else _nothing(x)
+    return x.new_empty(x.shape, dtype=torch.int8), *token, sums, x.new_empty(0 if residual is None else x.shape)
 
 
 def _fake_attend(q, k, v, caches, places, *, spec, scale, left=-1):

@@ -19,15 +19,17 @@ MAGIC = 0x4B400000  # the bits of 1.5 * 2^23 as float32, whose last bit is worth
 
 @dataclass(frozen=True, eq=False)
 class PackedIntegers:
-    """A symmetric weight [n, k] of 4 or 8 bits, for activations rounded by `activation`, a scheme of 8 bits or fewer.
+    """A weight [n, k] of 4 or 8 bits, for activations rounded by `activation`, a scheme of 8 bits or fewer.
 
     A run is a stretch of columns that share one scale in both; what lies in it is added up in integers.
 
-    - `words`: int8 [tiles of n, products, rows, width], code - zero; with 4 bits a byte holds column i of the
-      product's first half in its low bits, and of its second half in its high ones, and `width` is half the columns
+    - `words`: int8 [tiles of n, products, rows, width], code less half the levels; with 4 bits a byte holds column i
+      of the product's first half in its low bits, and of its second half in its high ones, and `width` is half the
+      columns
     - `factors`: float32 [runs, n, filled up]: the weight's scale, times a static activation's
     - `starts`: int32 [runs, n, filled up]: what a static activation's zero point takes from each run's sum; of a
-      dynamic one, the sum of the weight's codes, which each token's zero point is to be multiplied by
+      dynamic one, the sum of the weight's codes less zero points, which each token's zero point is multiplied by
+    - `zeros`: int32 [runs, n, filled up]: zero points less half the levels; None if symmetric
     """
 
     scheme: Scheme
@@ -38,6 +40,7 @@ class PackedIntegers:
     factors: Tensor
     starts: Tensor
     arrived: Tensor
+    zeros: Tensor | None = None
 
     @classmethod
     def pack(cls, weight: QTensor, activation: str, grid: Sequence[Tensor] = ()) -> "PackedIntegers":
@@ -48,10 +51,14 @@ class PackedIntegers:
         run = run_length(weight.scheme, kind, k)
         width = run if run < k else WIDTH
         steps = weight.unpacked().short() - (weight.scheme.levels >> 1)
+        groups = torch.arange(0, k, run) // weight.scheme.group_of(k)  # of each run
+        weights = weight.scale.float().expand(n, weight.scheme.groups(k))[:, groups]
         sums = by_group(steps.int(), run).sum(-1, dtype=torch.int32)  # [n, runs]
+        zeros = None
+        if weight.zero is not None:
+            zeros = weight.zero.expand(n, weight.scheme.groups(k))[:, groups].int() - (weight.scheme.levels >> 1)
+            sums = sums - zeros * by_group(torch.ones(1, k, dtype=torch.int32), run).sum(-1, dtype=torch.int32)
         scale, zero = _of_runs(kind, grid, k, run)
-        weights = weight.scale.float().expand(n, weight.scheme.groups(k))
-        weights = weights[:, torch.arange(0, k, run) // weight.scheme.group_of(k)]
         starts = sums if kind.dynamic else -sums * zero
         words = _tiled(steps, bits, width)
         reach = words.shape[1] * (8 // bits) if run < k else 1  # runs that the tiles extend over
@@ -64,6 +71,7 @@ class PackedIntegers:
             factors=_filled(weights * scale / LIFT[bits], reach),
             starts=_filled(starts * LIFT[bits], reach),
             arrived=torch.zeros(-(-n // ROWS), dtype=torch.int32, device=steps.device),
+            zeros=None if zeros is None else _filled(zeros * LIFT[bits], reach),
         )
 
     def unpack(self) -> Tensor:
@@ -81,6 +89,11 @@ class PackedIntegers:
         return replace(self, **moved)
 
     @property
+    def counted(self) -> int:
+        """Of how many columns the sums of an activation's codes are needed: a run with zero points; 0 is none."""
+        return 0 if self.zeros is None else self.run
+
+    @property
     def columns(self) -> int:
         """Columns of a tile: those of one product, and with 4 bits those of two."""
         return self.words.shape[3] * (8 // self.scheme.bits)
@@ -88,7 +101,18 @@ class PackedIntegers:
     @property
     def nbytes(self) -> int:
         """Bytes that one pass over the weight reads."""
-        return self.words.nbytes + self.factors.nbytes + self.starts.nbytes
+        parts = (self.words, self.factors, self.starts, self.zeros)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def sums_of(codes: Tensor, run: int) -> Tensor:
+    """The sums, int32 [runs, tokens], of each `run` columns of codes int8 [..., k]: what kernels count as they round.
+
+    >>> sums_of(torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int8), 2)
+    tensor([[3, 9],
+            [3, 6]], dtype=torch.int32)
+    """
+    return by_group(codes.flatten(0, -2), run).sum(-1, dtype=torch.int32).T.contiguous()
 
 
 def runs_suit(weight: QTensor, activation: str) -> Answer:

@@ -62,6 +62,9 @@ JOIN_14 = tl.constexpr(
     "{ .reg .b32 s, t; shr.b32 s, $1, 12; and.b32 s, s, 0x000f000f; shr.b32 t, $2, 10; and.b32 t, t, 0x00300030;"
     " or.b32 $0, s, t; }"
 )
+# $0 = bytes of $1, by the numbers in $2, two of them zeros: one instruction for two groups' zero points, which LLVM,
+# left to itself, picks one by one.
+PICK = tl.constexpr("prmt.b32 $0, $1, 0, $2;")
 # $0 = 2 * $1 plus bit 15 of $2.
 TAKE_TOP = tl.constexpr(
     "{ .reg .b32 s, t; shl.b32 s, $1, 1; shr.b32 t, $2, 15; and.b32 t, t, 0x00010001; or.b32 $0, s, t; }"
@@ -109,6 +112,13 @@ def half_of(pair, group, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def every_other_byte(words, which):
+    """Bytes 0 and 2, or 1 and 3, of int32 words, as the low bytes of their halves."""
+    picked = tl.full(words.shape, 0x4240, tl.int32) + which * 0x0101
+    return tl.inline_asm_elementwise(PICK, "=r,r,r", (words, picked), tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def grid_of(pair, more, group, BITS: tl.constexpr, GRID: tl.constexpr, DTYPE: tl.constexpr):
     """What `unpack` multiplies by and adds for a group, [n] each, from its words of scales, and zero points or minima.
 
@@ -119,9 +129,10 @@ def grid_of(pair, more, group, BITS: tl.constexpr, GRID: tl.constexpr, DTYPE: tl
     if GRID == MINIMA:
         addend = half_of(more, group, DTYPE)
     else:
-        middle = tl.full(pair.shape, 1 << (BITS - 1), tl.int16)
-        code = middle if GRID == MIDDLE else (more >> ((group & 3) * 8) & 255).to(tl.int16)
-        zero = code.to(DTYPE, bitcast=True)
+        if GRID == MIDDLE:
+            zero = tl.full(pair.shape, 1 << (BITS - 1), tl.int16).to(DTYPE, bitcast=True)
+        else:
+            zero = half_of(every_other_byte(more, group & 1), group >> 1, DTYPE)
         addend = -zero if BITS == 8 and GRID == ZEROS else -(zero * multiplier)
     return multiplier, addend
 

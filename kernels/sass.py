@@ -24,6 +24,7 @@ from qcompiler.kernels.cost import Device
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
+REGISTERS = 65536  # of a processor, on all GPUs from the A100 to the B200
 TENSOR_CORES = re.compile(r"HMMA|HGMMA|IMMA|IGMMA|QGMMA|UTC\w*MMA")
 CONVERSION = re.compile(r"I2FP?$|I2F\b")
 
@@ -46,6 +47,7 @@ class Build:
     warps: int = 4
     stages: int = 4
     fusion: bool = True  # of products and sums into one operation
+    registers: int | None = None  # at most, of a thread; None leaves it to ptxas
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,19 @@ class Reading:
     conversions: int
 
     def faults(self, build: Build, device: Device) -> list[str]:
-        """What a gate stops: spills, too much shared memory, too many instructions, conversions, idle tensor cores."""
+        """What a gate stops: spills, too much shared memory, too many instructions, conversions, idle tensor cores.
+
+        Those of few tokens have a budget, and must leave room on a processor for a second program.
+        """
         found = []
         if self.spills:
             found.append(f"{self.spills} bytes of registers spilled")
         if self.shared_bytes > device.shared:
             found.append(f"{self.shared_bytes} bytes of shared memory, of {device.shared}")
+        elif build.budget and 2 * self.shared_bytes > device.shared:
+            found.append(f"{self.shared_bytes} bytes of shared memory leave no room for a second program")
+        if build.budget and 2 * self.registers * 32 * build.warps > REGISTERS:
+            found.append(f"{self.registers} registers leave no room for a second program")
         if build.budget and self.instructions_per_weight > build.budget:
             found.append(f"{self.instructions_per_weight} instructions per weight, more than {build.budget}")
         if build.budget and not self.tensor_cores:
@@ -91,6 +100,7 @@ def compile_and_read(build: Build, device: Device) -> Reading:
         },
     )
     options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": build.fusion}
+    options |= {"maxnreg": build.registers} if build.registers else {}
     compiled = triton.compile(source, target=GPUTarget("cuda", device.capability, 32), options=options)
     usage, listing = _dump(compiled.asm["cubin"])
     loop = main_loop(listing)
@@ -123,6 +133,8 @@ def _dump(cubin: bytes) -> tuple[str, str]:
 def main_loop(listing: str) -> list[str]:
     """The instructions from the target to the source of the longest jump backwards; without one, all there are.
 
+    A jump over the program's end is none: Blackwell's code waits for its tensor cores behind it, and comes back.
+
     >>> main_loop("/*0000*/ MOV R1, R2 ;\\n.L_x_1:\\n/*0010*/ IADD3 R1, R1, 1, RZ ;\\n/*0020*/ @P0 BRA `(.L_x_1) ;")
     ['IADD3 R1, R1, 1, RZ', '@P0 BRA `(.L_x_1)']
     """
@@ -135,8 +147,9 @@ def main_loop(listing: str) -> list[str]:
         elif line := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", text):
             lines.append(line[1])
             jump = re.search(r"\bBRA\b.*(\.L_[\w.]+)", line[1])
-            if jump and len(lines) - labels.get(jump[1], len(lines)) > len(longest):
-                longest = range(labels[jump[1]], len(lines))
+            span = range(labels.get(jump[1], len(lines)) if jump else len(lines), len(lines))
+            if len(span) > len(longest) and not any(operation(lines[i]) == "EXIT" for i in span):
+                longest = span
     return [lines[i] for i in longest] if len(longest) > 1 else lines  # a program ends in a jump to itself
 
 

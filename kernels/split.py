@@ -41,6 +41,11 @@ def parts_of_k(n: int, steps: int, device: Device) -> int:
     return -(-steps // -(-steps // parts))  # with as many steps each, the last parts may have none
 
 
+def most_registers(device: Device) -> int | None:
+    """What ptxas is told a thread may have: on Blackwell all, or it moves some to memory for more programs to fit."""
+    return 255 if device.capability >= 100 else None
+
+
 def room_for(x: Tensor, n: int, tiles: int, config: Config) -> tuple[Tensor, Tensor]:
     """The result [..., n] of a product of x [..., k], and float32 room for its parts (or itself, if it has one)."""
     out = x.new_empty((*x.shape[:-1], n))

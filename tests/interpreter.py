@@ -162,6 +162,13 @@ def decode_bf16(words: Any, shift: Any, raised: Any, taken: Any, steps: Any) -> 
     return floats_to_bits(values * step, tl.bfloat16).view(np.int32)
 
 
+def pick(words: Any, places: Any) -> np.ndarray:
+    """PRMT of words and zeros, by four numbers of four bits each."""
+    zeros = np.zeros_like(words)
+    bytes_ = [picked(words, zeros, places >> 4 * i & 15).astype(np.uint32) << np.uint32(8 * i) for i in range(4)]
+    return (bytes_[0] | bytes_[1] | bytes_[2] | bytes_[3]).view(np.int32)
+
+
 def picked(first: Any, second: Any, place: Any) -> np.ndarray:
     """What PRMT picks by the four bits of `place` from the bytes of two words: a byte, or its sign eight times."""
     word = np.where(place & 4, second, first).view(np.uint32)
@@ -227,3 +234,4 @@ def install() -> None:
     ASSEMBLY[linear_a8.HIGH.value] = lambda words: words & np.int8(-16)
     ASSEMBLY[linear_a8.LOW.value] = lambda words: words << 4
     ASSEMBLY[planes.TAKE_TOP.value] = take_top
+    ASSEMBLY[planes.PICK.value] = pick

@@ -17,7 +17,12 @@ from qcompiler.rounding import activation_scheme, codes_of, group_size
 from qcompiler.scheme import QTensor, Scheme
 from tests import interpreter
 
-WEIGHTS = st.builds("int{}:{}".format, st.sampled_from([4, 8]), st.sampled_from(["g32", "g64", "g128", "channel"]))
+WEIGHTS = st.builds(
+    "int{}:{}:{}".format,
+    st.sampled_from([4, 8]),
+    st.sampled_from(["g32", "g64", "g128", "channel"]),
+    st.sampled_from(["sym", "asym"]),
+)
 STATIC = ["int8:tensor", "int8:tensor:asym", "int8:g32:asym", "int8:g64", "int8:g128:asym", "int4:g32:asym"]
 ACTIVATIONS = st.sampled_from([*STATIC, "int8:token:dynamic", "int8:token:asym:dynamic", "int4:token:asym:dynamic"])
 
@@ -28,7 +33,8 @@ def patched() -> None:
 
 
 def weight_of(scheme: str, n: int, k: int) -> QTensor:
-    return QTensor.quantize(torch.randn(n, k, generator=torch.Generator().manual_seed(n)), Scheme.parse(scheme))
+    rows = torch.randn(n, k, generator=torch.Generator().manual_seed(n)) + 0.5
+    return QTensor.quantize(rows, Scheme.parse(scheme))
 
 
 def activation_of(x: Tensor, scheme: str) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]]:
@@ -80,8 +86,10 @@ def test_any_number_of_tokens(tokens: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_split_sum_is_the_same_sum(bits: int) -> None:
-    assert_equal(weight_of(f"int{bits}:channel", 200, 1000), "int8:token:asym:dynamic", 5, torch.float32, Config(8, 3))
+@pytest.mark.parametrize("kind", ["sym", "asym"])
+def test_a_split_sum_is_the_same_sum(bits: int, kind: str) -> None:
+    weight = weight_of(f"int{bits}:channel:{kind}", 200, 1000)
+    assert_equal(weight, "int8:token:asym:dynamic", 5, torch.float32, Config(8, 3))
 
 
 @settings(max_examples=20, deadline=None)
@@ -104,11 +112,34 @@ def test_the_largest_sums_are_exact() -> None:
     assert zero.unique().tolist() == [0.0]
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("low", [True, False])
+@pytest.mark.parametrize("scheme", ["g128", "channel"])
+def test_the_largest_sums_with_zero_points_are_exact(bits: int, low: bool, scheme: str) -> None:
+    """All codes at one end, both zero points at the other: every intermediate sum is as large as it can be."""
+    top = (1 << bits) - 1
+    kind = Scheme.parse(f"int{bits}:{scheme}:asym")
+    zero = torch.full((128, kind.groups(256)), top if low else 0, dtype=torch.uint8)
+    values = torch.full((128, 256), float(-top if low else top))
+    weight = QTensor.encode(values, kind, torch.ones(zero.shape), zero)
+    for point in (0.0, 255.0):
+        x = torch.full((1, 256), 255.0 if point == 0 else -255.0)
+        activation = "int8:g128:asym" if scheme == "g128" else "int8:tensor:asym"
+        grid = [torch.ones(kind.groups(256)), torch.full((kind.groups(256),), point)]
+        codes, _, _ = codes_of(x, grid, activation_scheme(activation))
+        stored = (codes - 128).flatten(-2).to(torch.int8)
+        found = linear_a8(stored, PackedIntegers.pack(weight, activation, grid), dtype=torch.float32)
+        assert found.unique().tolist() == [x[0, 0].item() * values[0, 0].item() * 256]
+
+
 def test_what_is_accepted() -> None:
     assert W4A8.accepts(weight_of("int4:g64", 8, 128))
     assert W8A8.accepts(weight_of("int8:channel", 8, 100))
     assert W8A8.accepts(weight_of("int4:g64", 8, 128)) == No("4 bits, not one of [8]")
-    assert W4A8.accepts(weight_of("int4:g64:asym", 8, 128)) == No("has a zero")
+    assert W4A8.accepts(weight_of("int4:g64:asym", 8, 128))
+    assert W8A8.accepts(weight_of("int8:channel", 1, 32769))
+    assert W8A8.accepts(weight_of("int8:channel", 1, 65537)) == No("k=65537 is more than 65536")
+    assert W8A8.accepts(weight_of("int8:channel:asym", 1, 32769)) == No("k=32769 is more than 32768")
     assert runs_suit(weight_of("int8:channel", 8, 128), "int8:channel") == No(
         "a weight int8:channel:sym and an activation int8:channel share scales over 1 columns"
     )

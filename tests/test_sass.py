@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 from qcompiler.kernels.cost import H200
-from qcompiler.kernels.sass import Build, Reading
+from qcompiler.kernels.sass import Build, Reading, main_loop
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,9 +32,23 @@ def test_a_representative_set_keeps_its_budget(target: int) -> None:
     assert "nothing wrong" in found.stdout
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear_wq int3:g128:asym fp16 4096x4096 M=16",
+        "linear_w4a8 run=128 int8:token:dynamic 14336x4096 M=16",
+        "attention_kvq int4:token* fp16 d=128 group=8",
+        "append_blocks *",
+    ],
+)
+def test_blackwell_too(name: str) -> None:
+    found = compiled(name, 100)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_every_width_keeps_its_budget_on_hopper(bits: int) -> None:
-    found = compiled(f"linear_wq int{bits}:g128:sym fp16 14336x4096 M=16", 90)
+    found = compiled(f"linear_wq int{bits}:g128:*sym fp16 14336x4096 M=16", 90)
     assert found.returncode == 0, found.stdout + found.stderr
 
 
@@ -68,4 +83,14 @@ def test_faults_are_named() -> None:
         "no tensor core instruction in the loop",
         "3 conversions from integers in the loop",
     ]
+    assert Reading(255, 0, 200000, 250, 1.9, 16, 0).faults(replace(build, warps=8), H200) == [
+        "200000 bytes of shared memory leave no room for a second program",
+        "255 registers leave no room for a second program",
+    ]
     assert not Reading(90, 0, 40000, 250, 1.9, 16, 0).faults(build, H200)
+
+
+def test_waits_behind_the_end_of_blackwells_programs_are_no_loop() -> None:
+    whole = [".L_x_1:", "A", "B", "BRA.U UP0, `(.L_x_1)", ".L_x_2:", "C", "EXIT", "D", "BRA `(.L_x_2)"]
+    listing = "\n".join(line if line.startswith(".") else f"/*0000*/ {line} ;" for line in whole)
+    assert main_loop(listing) == ["A", "B", "BRA.U UP0, `(.L_x_1)"]

@@ -13,7 +13,7 @@ from qcompiler.kernels.records import split
 from qcompiler.ops import qc
 from qcompiler.program import Program, Type
 from qcompiler.rewrite import named_arguments
-from qcompiler.rounding import activation_scheme
+from qcompiler.rounding import activation_scheme, run_length
 
 aten = torch.ops.aten
 NORMS: dict[Any, str] = {aten.rms_norm.default: "rms", aten.layer_norm.default: "layer", qc.reordered_norm: ""}
@@ -21,6 +21,8 @@ NORMS: dict[Any, str] = {aten.rms_norm.default: "rms", aten.layer_norm.default: 
 
 def fuse_norms(program: Program, layers: Container[fx.Node]) -> int:
     """Let every norm that feeds only some of these integer layers, of one rounding, store codes; returns how many do.
+
+    Weights with zero points take the sums of runs of codes too, and so must have runs of one length.
 
     `codes_of_norm` then tells what such a layer reads instead of its input.
     """
@@ -33,14 +35,24 @@ def fuse_norms(program: Program, layers: Container[fx.Node]) -> int:
         width = node.meta["type"].shape[-1]
         if (scheme.dynamic and scheme.granularity != "token") or not isinstance(width, int):
             continue
-        _fuse(program, node, readers)
+        runs = {counted(program, reader) for reader in readers} - {0}
+        if len(runs) > 1:
+            continue
+        _fuse(program, node, readers, *runs)
         fused += 1
     return fused
 
 
-def codes_of_norm(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """Codes, scale and zero point, where the layer's input is a norm that stores these."""
-    found: tuple[fx.Node, fx.Node, fx.Node] | None = node.meta.get("codes")
+def counted(program: Program, node: fx.Node) -> int:
+    """Of how many columns an integer layer needs the sums of its input's codes; 0 is none."""
+    weight = program.qtensor(str(node.args[1][0].target).partition("::")[0])  # type: ignore[index,union-attr]
+    kind = activation_scheme(str(node.kwargs["scheme"]))
+    return 0 if weight.zero is None else run_length(weight.scheme, kind, weight.columns)
+
+
+def codes_of_norm(node: fx.Node) -> tuple[fx.Node, ...] | None:
+    """Codes, scale, zero point and sums, where the layer's input is a norm that stores these."""
+    found: tuple[fx.Node, ...] | None = node.meta.get("codes")
     return found
 
 
@@ -51,10 +63,10 @@ def _same_rounding(reader: fx.Node, first: fx.Node) -> bool:
     return mine == theirs
 
 
-def _fuse(program: Program, node: fx.Node, readers: list[fx.Node]) -> None:
+def _fuse(program: Program, node: fx.Node, readers: list[fx.Node], run: int = 0) -> None:
     given = _parameters(program, node)
     grid = tuple(program.tensors[str(part.target)] for part in readers[0].args[2])  # type: ignore[union-attr]
-    norm = NormQuantize.pack(*given, grid, **_kind(node), scheme=str(readers[0].kwargs["scheme"]))
+    norm = NormQuantize.pack(*given, grid, **_kind(node), scheme=str(readers[0].kwargs["scheme"]), run=run)
     x = node.args[0]
     assert isinstance(x, fx.Node)
     kind = x.meta["type"]
@@ -62,15 +74,17 @@ def _fuse(program: Program, node: fx.Node, readers: list[fx.Node]) -> None:
     with program.graph.inserting_before(node):
         parts, spec = split(norm)
         stored = [program.store(f"{node.name}::norm{i}", part, like=node) for i, part in enumerate(parts)]
-        types = (Type(kind.shape, torch.int8), *[Type(kind.shape[:-1], torch.float32)] * 2, kind)
+        lead, runs = kind.shape[:-1], -(-kind.shape[-1] // run) if run else 0
+        sums = Type((runs, *lead), torch.int32)
+        types = (Type(kind.shape, torch.int8), *[Type(lead, torch.float32)] * 2, sums, kind)
         args = (*(x.args if whole else (x, None)), stored)
         called = program.call(qct.norm_quantize, args, {"spec": spec}, like=node, type=types)
-        pieces = [program.call(operator.getitem, (called, i), like=node, type=types[i]) for i in range(4)]
+        pieces = [program.call(operator.getitem, (called, i), like=node, type=types[i]) for i in range(5)]
     for reader in readers:
-        reader.meta["codes"] = tuple(pieces[:3])
+        reader.meta["codes"] = tuple(pieces[:4])
     if whole:  # what reads the sum, reads the kernel's; it comes no earlier than the norm
         for user in [user for user in x.users if user is not node]:
-            user.replace_input_with(x, pieces[3])
+            user.replace_input_with(x, pieces[4])
 
 
 def _first(value: fx.Node) -> fx.Node:

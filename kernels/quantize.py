@@ -1,0 +1,260 @@
+"""quantize: activations that no norm makes, rounded to 8 bits or fewer in one launch; and rounding, as norms do it too.
+
+What attention and a gated product leave (the inputs of o_proj and down_proj) is read once and written once, as codes,
+with the scale of each token and whatever a product over these codes needs beside them: where the weight has zero
+points, the sum of the codes of each run of columns.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qcompiler.kernels.cost import H200, Cost, Device, device_of
+from qcompiler.kernels.packed_integers import MAGIC
+from qcompiler.kernels.sass import Build
+from qcompiler.rounding import activation_scheme, group_size
+
+LARGEST = tl.constexpr(448.0)  # of e4m3
+
+
+@triton.jit
+def divide(x, y, inverse):
+    """x / y rounded once, given 1 / y rounded once: the remainder of the first guess mends it."""
+    guess = x * inverse
+    return tl.fma(tl.fma(-guess, y, x), inverse, guess)
+
+
+@triton.jit
+def grid_of_channels(scale, zero, j, there):
+    """Step, its inverse and middle of a static grid at places j, of scale and zero [width]."""
+    step = tl.load(scale + j, mask=there, other=1.0)
+    middle = tl.load(zero + j, mask=there, other=0.0)
+    return step, tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step), middle
+
+
+@triton.jit
+def grid_of_token(values, there, LEVELS: tl.constexpr, SYMMETRIC: tl.constexpr, FLOATS: tl.constexpr):
+    """Step, its inverse and middle of the grid that covers a token's values."""
+    HALF: tl.constexpr = LEVELS // 2
+    highest = tl.maximum(tl.max(tl.where(there, values, 0.0), axis=0), 0.0)
+    lowest = tl.minimum(tl.min(tl.where(there, values, 0.0), axis=0), 0.0)
+    if FLOATS:
+        size = tl.div_rn(tl.maximum(highest, -lowest), LARGEST)
+    elif SYMMETRIC:
+        size = tl.div_rn(tl.maximum(highest, -lowest), HALF - 1.0)
+    else:
+        size = tl.div_rn(highest - lowest, LEVELS - 1.0)
+    size = tl.where(size > 0, size, 1.0)
+    center = HALF * 1.0
+    if not SYMMETRIC:
+        # Adding and taking away 1.5 * 2^23 leaves whole numbers, ties rounded to even.
+        center = tl.minimum((tl.div_rn(-lowest, size) + 12582912.0) - 12582912.0, LEVELS - 1.0)
+    return size, tl.div_rn(1.0, size), center
+
+
+@triton.jit
+def store_codes(
+    values,
+    there,
+    at,
+    token,
+    tokens,
+    grid,
+    codes,
+    token_scale,
+    token_zero,
+    sums,
+    LEVELS: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    RUN: tl.constexpr,
+    RUNS: tl.constexpr,
+    MAGIC: tl.constexpr,
+):
+    """Round a token's values, float32 [BLOCK], and store codes, less LEVELS / 2, at places `at`; or e4m3 floats there.
+
+    `grid` is a static one, as of `grid_of_channels`; a dynamic one is stored for the token. With a RUN, the sums of the
+    codes of each so many columns go to sums [RUNS, tokens].
+    """
+    FLOATS: tl.constexpr = codes.dtype.element_ty == tl.float8e4nv
+    HALF: tl.constexpr = LEVELS // 2
+    size, inverse, center = grid
+    if DYNAMIC:
+        size, inverse, center = grid_of_token(values, there, LEVELS, SYMMETRIC, FLOATS)
+        tl.store(token_scale + token, size)
+        if not SYMMETRIC:
+            tl.store(token_zero + token, center - HALF)
+    steps = divide(values, size, inverse)
+    if FLOATS:
+        stored = steps.to(tl.float8e4nv)
+        counted = stored.to(tl.float32)
+    else:
+        steps = tl.minimum(tl.maximum(steps, -center), (LEVELS - 1) - center)
+        # The same sum as bits: its last ones are the whole number.
+        counted = (steps + 12582912.0).to(tl.int32, bitcast=True) - MAGIC + (center - HALF).to(tl.int32)
+        stored = counted.to(tl.int8)
+    tl.store(codes + at, stored, mask=there)
+    if RUN:
+        WIDE: tl.constexpr = values.shape[0] // RUN
+        each = tl.sum(tl.reshape(tl.where(there, counted, 0), (WIDE, RUN)), axis=1)
+        run = tl.arange(0, WIDE)
+        tl.store(sums + run * tokens + token, each, mask=run < RUNS)
+
+
+@triton.jit
+def quantize_kernel(
+    x,
+    scale,
+    zero,
+    codes,
+    token_scale,
+    token_zero,
+    sums,
+    tokens,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    RUN: tl.constexpr,
+    RUNS: tl.constexpr,
+    MAGIC: tl.constexpr,
+):
+    """Rows program, program + programs, ... of x [tokens, WIDTH]: codes [tokens, WIDTH]; scale and zero [WIDTH]."""
+    j = tl.arange(0, BLOCK)
+    there = j < WIDTH
+    grid = (1.0, 1.0, 0.0) if DYNAMIC else grid_of_channels(scale, zero, j, there)
+    for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0)):
+        begin = tl.cast(token, tl.int64) * WIDTH
+        row = tl.load(x + begin + j, mask=there, other=0.0).to(tl.float32)
+        store_codes(
+            row,
+            there,
+            begin + j,
+            token,
+            tokens,
+            grid,
+            codes,
+            token_scale,
+            token_zero,
+            sums,
+            LEVELS,
+            DYNAMIC,
+            SYMMETRIC,
+            RUN,
+            RUNS,
+            MAGIC,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """Rounded activations.
+
+    `codes` int8 [tokens, width], less half the levels, or float8_e4m3fn; of a dynamic scheme `scale`, and `zero` less
+    half the levels too unless symmetric, float32 [tokens]; `sums` int32 (float32) [runs, tokens] if asked for; `added`,
+    the sum of x and residual of a norm, if there was one.
+    """
+
+    codes: Tensor
+    scale: Tensor | None
+    zero: Tensor | None
+    sums: Tensor | None = None
+    added: Tensor | None = None
+
+    @classmethod
+    def room(cls, x: Tensor, scheme: str, run: int) -> "Quantized":
+        """What a kernel writes for x [tokens, width]; `run` columns are summed up, 0 is none."""
+        kind = activation_scheme(scheme)
+        tokens, width = x.shape
+        codes = torch.empty_like(x, dtype=torch.int8 if kind.code == "int" else torch.float8_e4m3fn)
+        scale = x.new_empty(tokens, dtype=torch.float32) if kind.dynamic else None
+        zero = torch.empty_like(scale) if scale is not None and not kind.symmetric else None
+        sums = None
+        if run:
+            sums = x.new_empty(-(-width // run), tokens, dtype=torch.int32 if kind.code == "int" else torch.float32)
+        return cls(codes, scale, zero, sums)
+
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The arguments of a launch: what there is not is never written."""
+        spare = self.codes
+        scale, zero, sums = (spare if part is None else part for part in (self.scale, self.zero, self.sums))
+        return self.codes, scale, zero, sums
+
+
+def spread(grid: Sequence[Tensor], scheme: str, width: int) -> list[Tensor]:
+    """Scale and zero point of a static grid for each of `width` channels, float32; of a dynamic one nothing."""
+    kind = activation_scheme(scheme)
+    size = group_size(kind, width)
+    parts = [part.float().reshape(-1).repeat_interleave(size)[:width].contiguous() for part in grid]
+    if len(parts) == 1:
+        parts.append(torch.full_like(parts[0], kind.levels >> 1))
+    return parts
+
+
+def constants(scheme: str, width: int, run: int) -> dict[str, object]:
+    """What a launch that rounds rows of `width` fixes."""
+    kind = activation_scheme(scheme)
+    block = triton.next_power_of_2(width)
+    whole = {"WIDTH": width, "BLOCK": block, "LEVELS": kind.levels, "DYNAMIC": kind.dynamic}
+    # A run of all columns is one of all the block.
+    runs = {"RUN": block if run >= width else run, "RUNS": -(-width // run) if run else 0}
+    return whole | {"SYMMETRIC": kind.symmetric, **runs, "MAGIC": MAGIC}
+
+
+def quantize(x: Tensor, grid: Sequence[Tensor], scheme: str, run: int = 0) -> Quantized:
+    """Codes of x [tokens, width], contiguous, by `scheme`, static to `grid`, as in qc.fake_quantize.
+
+    `run`, a power of two or at least the width, is the number of columns whose codes are summed up; 0 is none.
+    """
+    tokens, width = x.shape
+    found, parts = Quantized.room(x, scheme, run), spread(grid, scheme, width) or [x, x]
+    fixed = constants(scheme, width, run)
+    warps = warps_of(width)
+    launched = min(tokens, programs(width, device_of(x)))
+    quantize_kernel[launched,](x, *parts, *found.outputs(), tokens, **fixed, num_warps=warps)
+    return found
+
+
+def cost(tokens: int, width: int) -> Cost:
+    """What a launch reads and writes: 2 bytes in and 1 out."""
+    return Cost(3 * tokens * width, 0)
+
+
+def warps_of(width: int) -> int:
+    """So many that a thread holds 8 channels, which is one load, and what belongs to them."""
+    return max(1, min(16, triton.next_power_of_2(width) // 256))
+
+
+def programs(width: int, device: Device) -> int:
+    """As many as run at once: a processor holds 64 warps, of which registers leave room for half."""
+    return device.processors * max(1, 32 // warps_of(width))
+
+
+def build(scheme: str, width: int, run: int) -> Build:
+    """What is compiled for rows of `width` channels in bfloat16."""
+    floats = activation_scheme(scheme).code == "fp"
+    return Build(
+        name=f"quantize {scheme} {width}{f' sums of {run}' if run else ''}",
+        kernel=quantize_kernel,
+        arguments={"x": "*bf16", "codes": "*fp8e4nv" if floats else "*i8", "sums": "*fp32" if floats else "*i32"}
+        | dict.fromkeys(("scale", "zero", "token_scale", "token_zero"), "*fp32")
+        | {"tokens": "i32"},
+        constants=constants(scheme, width, run),
+        handled=width,
+        warps=warps_of(width),
+    )
+
+
+def builds(device: Device = H200) -> Iterator[Build]:
+    """The configurations that ship: what attention and a gated product leave, in a model of 8 billion parameters."""
+    for width in (4096, 14336):
+        yield build("int8:token:dynamic", width, 0)
+        yield build("int8:token:asym:dynamic", width, 128)
+        yield build("int8:g128:asym", width, 0)
+        if device.capability >= 89:
+            yield build("fp8:token:dynamic", width, 128)
