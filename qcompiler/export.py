@@ -1,4 +1,4 @@
-"""A compiled program as a checkpoint: its tensors under the names that transformers knows, what was joined apart again."""
+"""A compiled program as a checkpoint: its tensors by the names transformers knows, what was joined apart again."""
 
 from collections.abc import Iterator
 from pathlib import Path

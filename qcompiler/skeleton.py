@@ -38,8 +38,8 @@ def as_json(model: nn.Module) -> dict[str, Any]:
 class Skeleton:
     """A model on PyTorch's meta device.
 
-    `parameters` and `buffers` are shapes by name (`buffers`: those that are not saved), `linears` the names of the
-    weights of its linear layers except the output head's, `tied` the names of tensors that are another one, by name.
+    `parameters` are shapes by name, `buffers` the names of those that are not saved, `linears` the names of the weights
+    of its linear layers except the output head's, `head` that one, `tied` the names of tensors that are another one.
     """
 
     config: Any
@@ -47,6 +47,7 @@ class Skeleton:
     parameters: Mapping[str, tuple[int, ...]]
     buffers: frozenset[str]
     linears: frozenset[str]
+    head: frozenset[str]
     tied: Mapping[str, str]
 
     @classmethod
@@ -76,10 +77,16 @@ class Skeleton:
         tied = {name: first[id(p)] for name, p in every.items() if name not in own}
         saved = set(model.state_dict())
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        linears = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+        linears = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        top = frozenset(name for name, module in linears.items() if module is head)
         buffers = {name for name, _ in model.named_buffers()}
         own |= {name: tuple(b.shape) for name, b in model.named_buffers() if name in saved}
-        return cls(config, model, own, frozenset(buffers - saved), frozenset(linears), tied)
+        return cls(config, model, own, frozenset(buffers - saved), frozenset(linears) - top, top, tied)
+
+    @property
+    def all_linears(self) -> frozenset[str]:
+        """The weights of all linear layers, the output head's among them."""
+        return self.linears | self.head
 
 
 def _check_counts(config: Mapping[str, Any], limit: int) -> None:

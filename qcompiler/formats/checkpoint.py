@@ -1,7 +1,8 @@
-"""Checkpoint: a model as its configuration and its tensors, whatever the format; Format: how one is read and written."""
+"""Checkpoint: a model as its configuration and its tensors; Format: how such a thing is stored, read and written."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ class Lazy(Mapping[str, Value]):
 
     def __init__(self, makers: Mapping[str, Callable[[], Value]]) -> None:
         self._makers = dict(makers)
+
+    def without(self, names: Iterable[str]) -> "Lazy":
+        """The same less some."""
+        out = set(names)
+        return Lazy({name: make for name, make in self._makers.items() if name not in out})
 
     def __getitem__(self, name: str) -> Value:
         return self._makers[name]()
@@ -112,6 +118,14 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Shards]:
     for key in ("quantization_config", "compression_config"):
         config.pop(key, None)
     return config, found, Shards(folder)
+
+
+def lazily(shards: Shards, layers: Iterable[str], parts: Collection[str], unpack: Callable[[str], QTensor]) -> Lazy:
+    """All tensors of a folder; in the place of the `parts` of each layer its weight, which `unpack(layer)` makes."""
+    quantized = sorted(layers)
+    packed = {f"{layer}.{part}" for layer in quantized for part in parts}
+    makers: dict[str, Callable[[], Value]] = {n: partial(shards.get, n) for n in shards if n not in packed}
+    return Lazy(makers | {f"{layer}.weight": partial(unpack, layer) for layer in quantized})
 
 
 def integer(options: Mapping[str, Any], key: str, allowed: Sequence[int] | range, where: Path) -> int:

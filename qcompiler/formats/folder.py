@@ -14,6 +14,7 @@ from qcompiler.errors import InputError, No
 from qcompiler.formats.checkpoint import Checkpoint
 from qcompiler.formats.shards import ShardWriter
 from qcompiler.scheme import QTensor, Scheme
+from qcompiler.skeleton import Skeleton
 
 # What goes with a model and holds none of its numbers; names as transformers and tokenizers write them.
 COMPANIONS = (
@@ -39,7 +40,8 @@ def write_folder(
 
     `quantization()`, asked when all tensors are written, is the quantization_config; what it says about the whole may
     so follow from the parts; `beside` is the name of a second file it goes into. `also` are tensors beside those of
-    the checkpoint. Everything is read and written one tensor at a time. Raises InputError for a folder that is not empty, and what `pack` raises; nothing is then left.
+    the checkpoint. Everything is read and written one tensor at a time. Raises InputError for a folder that is not
+    empty, and what `pack` raises; nothing is then left.
     """
     check_empty(folder)
     try:
@@ -88,15 +90,15 @@ class Uniform:
     """
 
     def __init__(self, what: str) -> None:
-        self.what, self.first, self.scheme, self.symmetric = what, "", None, True
-
-    first: str
-    scheme: Scheme | None
-    symmetric: bool
+        self.what = what
+        self.names: set[str] = set()
+        self.first, self.symmetric = "", True
+        self.scheme: Scheme | None = None
 
     def see(self, name: str, record: QTensor) -> None:
         """Take note of a weight."""
         scheme = record.scheme
+        self.names.add(name)
         self.symmetric = self.symmetric and record.zero is None
         if self.scheme is None:
             self.first, self.scheme = name, scheme
@@ -110,10 +112,22 @@ class Uniform:
     def known(self) -> Scheme:
         """The scheme; InputError where nothing was quantized."""
         if self.scheme is None:
-            raise InputError(
-                f"nothing in the model is quantized; {self.what} is for quantized models: quantize it first"
-            )
+            raise InputError(f"nothing in the model is quantized, and {self.what} is for quantized models: quantize it")
         return self.scheme
+
+    def left_out(self, checkpoint: Checkpoint) -> list[str]:
+        """The linear layers of the model that stayed floats, by the names of their modules; the head among them."""
+        names = Skeleton.of(checkpoint.config, len(checkpoint.tensors)).all_linears
+        return sorted(name.removesuffix(".weight") for name in names if name not in self.names)
+
+
+def refuse_roundings(checkpoint: Checkpoint, what: str) -> None:
+    """InputError for a model whose activations or caches are rounded: only compressed-tensors says so."""
+    if rounded := [*checkpoint.inputs, *checkpoint.caches]:
+        raise InputError(
+            f'"{rounded[0]}" rounds what it reads, and {what} stores weights alone; use compressed-tensors, or a '
+            "recipe that leaves activations as they are"
+        )
 
 
 def half_scales(record: QTensor) -> Tensor | No:

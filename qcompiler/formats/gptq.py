@@ -2,16 +2,17 @@
 
 | tensor of a layer | holds |
 |---|---|
-| `qweight` | int32 [k * bits / 32, n], the codes of a column of the layer below each other (words.py) |
-| `qzeros` | int32 [groups, n * bits / 32], zero points; version 1 ("gptq") stores zero - 1, version 2 ("gptq_v2") zero |
+| `qweight` | int32 [k * bits / 32, n], the codes of a row of the weight below each other (words.py) |
+| `qzeros` | int32 [groups, n * bits / 32]; version 1 ("gptq") stores the zero points less 1, version 2 as they are |
 | `scales` | float16 [groups, n] |
 | `g_idx` | int32 [k], the group of each channel; with act-order of dynamic groups that is a QTensor's permutation |
 
-Version 1 cannot say zero 0, and readers disagree about its field of ones (PyTorch reads 2 ** bits, CUDA kernels 0): both
-are refused. Sources: AutoGPTQ, GPTQModel; the method is arXiv 2210.17323.
+Version 1 cannot say zero 0, and readers disagree about its field of ones (PyTorch reads 2 ** bits, CUDA kernels 0):
+both are refused. Sources: AutoGPTQ, GPTQModel; the method is arXiv 2210.17323.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import InputError, No
-from qcompiler.formats.checkpoint import Checkpoint, Format, Lazy, integer, method_is, open_folder, quantization_of
-from qcompiler.formats.folder import Uniform, finite, half_scales, plain_integers, write_folder, zeros
+from qcompiler.formats.checkpoint import Checkpoint, Format, integer, lazily, method_is, open_folder, quantization_of
+from qcompiler.formats.folder import Uniform, finite, half_scales, plain_integers, refuse_roundings, write_folder, zeros
 from qcompiler.formats.shards import Shards
 from qcompiler.formats.words import from_words, to_words, word_count
 from qcompiler.scheme import QTensor, Scheme, pack_bits
@@ -45,11 +46,8 @@ def read(folder: Path) -> Checkpoint:
     """The checkpoint; every quantized layer is a QTensor. InputError says what is wrong with the folder."""
     config, options, shards = open_folder(folder)
     layout = _Layout.of(folder, options)
-    layers = sorted(name.removesuffix(".qweight") for name in shards if name.endswith(".qweight"))
-    packed = {f"{layer}.{part}" for layer in layers for part in PARTS}
-    makers: dict[str, Any] = {name: partial(shards.get, name) for name in shards if name not in packed}
-    makers |= {f"{layer}.weight": partial(layout.unpack, shards, layer) for layer in layers}
-    return Checkpoint(config, Lazy(makers), folder)
+    layers = [name.removesuffix(".qweight") for name in shards if name.endswith(".qweight")]
+    return Checkpoint(config, lazily(shards, layers, PARTS, partial(layout.unpack, shards)), folder)
 
 
 class _Layout:
@@ -203,18 +201,16 @@ def write(checkpoint: Checkpoint, folder: Path, version: int, **limits: int) -> 
             "sym": same.symmetric,
             "lm_head": False,
             "true_sequential": True,
+            **_skipping(same.left_out(checkpoint)),
         }
 
     write_folder(checkpoint, folder, layer, options, beside="quantize_config.json", **limits)
 
 
-def refuse_roundings(checkpoint: Checkpoint, what: str) -> None:
-    """InputError for a model whose activations or caches are rounded: only compressed-tensors says so."""
-    if rounded := [*checkpoint.inputs, *checkpoint.caches]:
-        raise InputError(
-            f'"{rounded[0]}" rounds what it reads, and {what} stores weights alone; use compressed-tensors, or a '
-            "recipe that leaves activations as they are"
-        )
+def _skipping(layers: Sequence[str]) -> dict[str, Any]:
+    """How GPTQModel and vLLM are told of layers that stayed floats; the head is one without a word."""
+    rules = {f"-:^{re.escape(layer)}$": {} for layer in layers if layer != "lm_head"}
+    return {"dynamic": rules} if rules else {}
 
 
 def _format(version: int, name: str, zero_points: str) -> Format:
@@ -225,8 +221,8 @@ def _format(version: int, name: str, zero_points: str) -> Format:
         partial(write, version=version),
         partial(holds, version=version),
         lambda weight: QTensor.quantize(weight, Scheme.parse("int4:g128:sym")),
-        f"2, 3, 4 or 8 bits, groups or channels, float16 scales, {zero_points}, act-order; sizes in multiples of 32; one "
-        "scheme for all",
+        f"integers of 2, 3, 4 or 8 bits, groups or channels, float16 scales, {zero_points}, act-order; "
+        "sizes in multiples of 32; one scheme for all",
     )
 
 

@@ -1,8 +1,8 @@
 """A checkpoint's safetensors files, one tensor at a time: read when asked for, written as they come.
 
-The safetensors package checks a file's header against its bytes (lengths, gaps, overlaps); here the index beside several
-files is checked too. Writing needs the memory of one tensor: its bytes go to disk at once, and the header is put before
-them when a file is full.
+The safetensors package checks a file's header against its bytes (lengths, gaps, overlaps); here the index beside
+several files is checked too. Writing needs the memory of one tensor: its bytes go to disk at once, and the header is
+put before them when a file is full.
 """
 
 import contextlib
@@ -113,7 +113,7 @@ def _file_names(folder: Path) -> list[str]:
             raise InputError(
                 f'"{folder / INDEX}" names the file "{name[:80]}", which is no .safetensors file beside it'
             )
-        if not (folder / name).is_file() or (folder / name).is_symlink() and not (folder / name).exists():
+        if not (folder / name).is_file():
             raise InputError(f'"{folder / INDEX}" names the file "{name}", which is missing; copy the folder again')
     return names
 
