@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import InputError, No
-from qcompiler.formats.checkpoint import Checkpoint, Format, integer, lazily, method_is, open_folder, quantization_of
+from qcompiler.formats.checkpoint import (
+    Checkpoint,
+    Format,
+    by_rounding,
+    integer,
+    lazily,
+    method_is,
+    open_folder,
+    quantization_of,
+)
 from qcompiler.formats.folder import Uniform, finite, half_scales, plain_integers, refuse_roundings, write_folder, zeros
 from qcompiler.formats.shards import Shards
 from qcompiler.formats.words import from_words, to_words
@@ -183,7 +192,8 @@ def _format(kind: str, name: str, sizes: str) -> Format:
         read,
         partial(write, kind=kind),
         partial(holds, kind=kind),
-        lambda weight: QTensor.quantize(weight, Scheme.parse("int4:g128:asym")),
+        by_rounding("int4:g128:asym"),
+        True,
         f"integers of 4 bits, {sizes}, float16 scales; one scheme for all",
     )
 

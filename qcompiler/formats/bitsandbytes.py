@@ -234,7 +234,8 @@ FORMATS = (
         read,
         write,
         holds,
-        lambda weight: quantize_blocks(weight, "nf4", 64),
+        lambda weight, like: quantize_blocks(weight, "nf4", 64),
+        True,
         "nf4 or fp4 in blocks of 32 to 4096 of the flattened weight, scales plain or quantized; int8 by row",
     ),
 )

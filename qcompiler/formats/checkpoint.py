@@ -72,8 +72,9 @@ class Format:
 
     `detect(path)` is True or a No. `read(path)` gives a Checkpoint, `write(checkpoint, folder)` stores one; what
     cannot be stored without loss raises InputError there, and `holds(record)` says so for one quantized weight
-    beforehand. `nearest(weight)` quantizes floats as the format can hold them, for those who accept the loss.
-    `conditions` says in words what the format holds.
+    beforehand. `nearest(weight, like)` quantizes floats as the format can hold them, by the scheme `like` if it is
+    given. `uniform` formats have one number of bits and one group size for all layers. `conditions` says in words what
+    the format holds.
     """
 
     name: str
@@ -81,8 +82,14 @@ class Format:
     read: Callable[..., Any] | None = None
     write: Callable[..., Any] | None = None
     holds: Callable[[QTensor], bool | No] | None = None
-    nearest: Callable[[Tensor], QTensor] | None = None
+    nearest: Callable[[Tensor, Scheme | None], QTensor] | None = None
+    uniform: bool = False
     conditions: str = ""
+
+
+def by_rounding(default: str) -> Callable[[Tensor, Scheme | None], QTensor]:
+    """A `nearest` that rounds to the grid of a scheme, by default this one."""
+    return lambda weight, like: QTensor.quantize(weight, like or Scheme.parse(default))
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | No:

@@ -12,7 +12,7 @@ weights and inputs are rounded. Source: compressed-tensors.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +289,13 @@ def _described(scheme: Scheme) -> dict[str, Any]:
     }
 
 
+def _nearest(weight: Tensor, like: Scheme | None) -> QTensor:
+    whole = like or Scheme.parse("int4:g64:sym")
+    if whole.group_size and weight.shape[-1] % whole.group_size:
+        whole = replace(whole, granularity="channel", group_size=0)
+    return QTensor.quantize(weight, whole)
+
+
 FORMATS = (
     Format(
         "compressed-tensors",
@@ -296,7 +303,8 @@ FORMATS = (
         read,
         write,
         why_not,
-        lambda weight: QTensor.quantize(weight, Scheme.parse("int4:g64:sym" if weight.shape[-1] % 64 == 0 else "int4")),
+        _nearest,
+        False,
         "integers of 2 to 8 bits by groups that divide the rows, channels, tensors; float8; rounded inputs and caches",
     ),
 )

@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from qcompiler.errors import InputError, No
-from qcompiler.formats.checkpoint import Checkpoint, Format, integer, lazily, method_is, open_folder, quantization_of
+from qcompiler.formats.checkpoint import (
+    Checkpoint,
+    Format,
+    by_rounding,
+    integer,
+    lazily,
+    method_is,
+    open_folder,
+    quantization_of,
+)
 from qcompiler.formats.folder import Uniform, finite, half_scales, plain_integers, refuse_roundings, write_folder, zeros
 from qcompiler.formats.shards import Shards
 from qcompiler.formats.words import from_words, to_words, word_count
@@ -220,7 +229,8 @@ def _format(version: int, name: str, zero_points: str) -> Format:
         read,
         partial(write, version=version),
         partial(holds, version=version),
-        lambda weight: QTensor.quantize(weight, Scheme.parse("int4:g128:sym")),
+        by_rounding("int4:g128:sym"),
+        True,
         f"integers of 2, 3, 4 or 8 bits, groups or channels, float16 scales, {zero_points}, act-order; "
         "sizes in multiples of 32; one scheme for all",
     )
