@@ -29,6 +29,7 @@ _HOMES = {
     "report": ("LayerRecord", "PassRecord", "Report"),
     "scheme": ("QTensor", "Scheme"),
     "session": ("Session",),
+    "torch_model": ("QuantizedLinear", "to_torch"),
     "target": ("Backend", "Decoder", "Kernel", "Runner"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
