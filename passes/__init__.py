@@ -11,11 +11,14 @@ from qcompiler.passes.block_tune import BlockTune
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.carry import Carry
 from qcompiler.passes.equalize import Equalize
+from qcompiler.passes.fp4 import Fp4
 from qcompiler.passes.fuse import Fuse
 from qcompiler.passes.gptq import Gptq
+from qcompiler.passes.hqq import Hqq
 from qcompiler.passes.integers import Integers
 from qcompiler.passes.kv import Kv
 from qcompiler.passes.kv_cache import KvCache
+from qcompiler.passes.nf4 import Nf4
 from qcompiler.passes.pack import Pack
 from qcompiler.passes.rotate import Rotate
 from qcompiler.passes.rptq import Rptq
@@ -32,11 +35,14 @@ PLUGIN = Plugin(
         Canonicalize,
         Carry,
         Equalize,
+        Fp4,
         Fuse,
         Gptq,
+        Hqq,
         Integers,
         Kv,
         KvCache,
+        Nf4,
         Pack,
         Rotate,
         Rptq,

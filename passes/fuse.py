@@ -86,6 +86,8 @@ def may_stack(weights: Sequence[QTensor]) -> Any:
                 return No(f"each has a {part} of its own")
     if first.scheme.granularity == "tensor":
         return No("each has one scale for the whole tensor")
+    if first.axis not in (-1, 1):
+        return No("their groups do not lie in rows")
     if any(isinstance(part, QTensor) for part in (first.scale, first.minimum)):
         return No("their scales are quantized too")
     return True

@@ -21,13 +21,15 @@ _HOMES = {
         "QCompilerError",
         "RecipeError",
     ),
+    "formats.checkpoint": ("Checkpoint", "Format"),
     "pipeline": ("Context", "Contract", "Pass"),
-    "plugins": ("Format", "FrontEnd", "Plugin"),
+    "plugins": ("FrontEnd", "Plugin"),
     "program": ("Input", "Program", "Type"),
     "recipe": ("Recipe",),
     "report": ("LayerRecord", "PassRecord", "Report"),
     "scheme": ("QTensor", "Scheme"),
     "session": ("Session",),
+    "torch_model": ("QuantizedLinear", "to_torch"),
     "target": ("Backend", "Decoder", "Kernel", "Runner"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from qcompiler import __version__, show
+from qcompiler import __version__, cli_formats, show
 from qcompiler.errors import BackendError, InputError, No, QCompilerError
 from qcompiler.progress import Reporter
 from qcompiler.source import FORMS, is_artifact, resolve
@@ -342,6 +342,9 @@ def demo(
 
     _check_out(out)
     Console().print(run(out, recipe))
+
+
+cli_formats.add_to(app)
 
 
 def _capture(model: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.errors import InputError, No, RecipeError, nearest
+from qcompiler.formats.checkpoint import Format
 from qcompiler.pipeline import Pass
 from qcompiler.target import Backend, Kernel
 
@@ -26,16 +27,6 @@ class FrontEnd:
     accepts: Callable[[Any], bool | No]
     capture: Callable[[Any, Any], Any]
     tokenizer: Callable[[Any], Any] | None = None
-
-
-@dataclass(frozen=True)
-class Format:
-    """A checkpoint format: `detect(folder)` is True or a No; `read` and `write` move QTensors."""
-
-    name: str
-    detect: Callable[[Path], bool | No]
-    read: Callable[..., Any] | None = None
-    write: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)

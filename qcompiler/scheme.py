@@ -1,6 +1,7 @@
 """Scheme: how numbers are stored. QTensor: one record of a quantized tensor, in one canonical layout."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -182,7 +183,8 @@ def range_grid(
 class QTensor:
     """A quantized tensor in the canonical layout; `dequantize()` is its definition.
 
-    The group axis is moved last and the tensor seen as a matrix of rows and columns; then
+    The group axis is moved last and the tensor seen as a matrix of rows and columns; axis None flattens it to one row,
+    so that groups run across rows (bitsandbytes). Then
     `value = scale * (code - zero)`, or `scale * code + minimum`, or `scale * codebook[code]`, plus the minimum if there
     is one (the offset of bitsandbytes' quantized scales).
 
@@ -209,7 +211,7 @@ class QTensor:
     boundaries: Tensor | None = None
     permutation: Tensor | None = None
     dtype: torch.dtype = torch.float32
-    axis: int = -1
+    axis: int | None = -1
 
     @classmethod
     def quantize(cls, weight: Tensor, scheme: Scheme, axis: int = -1) -> "QTensor":
@@ -242,8 +244,8 @@ class QTensor:
 
     @property
     def columns(self) -> int:
-        """Length of the group axis."""
-        return self.shape[self.axis]
+        """Length of the group axis; of the whole tensor where that is flattened."""
+        return math.prod(self.shape) if self.axis is None else self.shape[self.axis]
 
     @property
     def rows(self) -> int:
@@ -277,6 +279,8 @@ class QTensor:
         value = value.flatten(1)[:, : self.columns]
         if self.permutation is not None:
             value = value[:, torch.argsort(self.permutation)]
+        if self.axis is None:
+            return value.reshape(self.shape).to(self.dtype)
         moved = list(self.shape)
         moved.append(moved.pop(self.axis))
         whole: Tensor = value.view(moved).movedim(-1, self.axis).to(self.dtype)

@@ -89,7 +89,7 @@ def matrix() -> Accept:
     def check(weight: QTensor) -> Answer:
         if len(weight.shape) != 2:
             return No(f"{len(weight.shape)} axes, not 2")
-        return weight.axis in (-1, 1) or No("groups along the first axis")
+        return weight.axis in (-1, 1) or No("groups do not lie in its rows")
 
     return Accept("matrix()", check)
 

@@ -1,1 +1,5 @@
 """Checkpoint formats: serialisations of QTensor, read and written without ever quantizing again."""
+
+from qcompiler.formats import awq, bitsandbytes, compressed_tensors, gptq
+
+FORMATS = (*gptq.FORMATS, *awq.FORMATS, *compressed_tensors.FORMATS, *bitsandbytes.FORMATS)

@@ -1,9 +1,13 @@
-"""Front ends: each turns a kind of model into a Program. What they need is imported when they are asked."""
+"""Front ends: each turns a kind of model into a Program. What they need is imported when they are asked.
+
+The checkpoint formats that one of them reads are listed here too, for all plugins' formats to stand in one table.
+"""
 
 import importlib
 from typing import Any
 
 from qcompiler.errors import No
+from qcompiler.formats import FORMATS
 from qcompiler.plugins import FrontEnd, Plugin
 
 
@@ -25,4 +29,7 @@ def _lazy(name: str) -> FrontEnd:
     return FrontEnd(name, accepts, capture, tokenizer)
 
 
-PLUGIN = Plugin(frontends=tuple(map(_lazy, ("huggingface", "gguf", "onnx", "fx", "torch_module"))))
+# A quantized checkpoint is a model folder too: who knows its format is asked first.
+PLUGIN = Plugin(
+    frontends=tuple(map(_lazy, ("checkpoint", "huggingface", "gguf", "onnx", "fx", "torch_module"))), formats=FORMATS
+)

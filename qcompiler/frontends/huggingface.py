@@ -21,6 +21,7 @@ from qcompiler.frontends import attention
 from qcompiler.frontends.exporting import Sizes, check_weights, evaluating, export, first_line
 from qcompiler.frontends.verification import Case, verify
 from qcompiler.program import Program
+from qcompiler.skeleton import as_json, model_class
 
 _DEFAULTS = {"attention_mask": "ones", "position_ids": "positions"}
 
@@ -85,7 +86,7 @@ def load(folder: Path) -> nn.Module:
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        model, loading = _model_class(config).from_pretrained(
+        model, loading = model_class(config).from_pretrained(
             folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # hostile files make every reader fail in its own way
@@ -96,18 +97,6 @@ def load(folder: Path) -> nn.Module:
             "first; copy the folder again, or check that config.json belongs to these weights"
         )
     return model  # type: ignore[no-any-return]
-
-
-def _model_class(config: Any) -> Any:
-    """The class that the configuration names; else the causal language model, else the bare model, of its type."""
-    import transformers
-
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    if type(config) in transformers.AutoModelForCausalLM._model_mapping:
-        return transformers.AutoModelForCausalLM
-    return transformers.AutoModel
 
 
 def capture_model(model: nn.Module, example_inputs: Any = None) -> Program:
@@ -276,6 +265,7 @@ def _info(model: nn.Module, way: str, error: float) -> dict[str, Any]:
         "frontend": "huggingface",
         "architecture": type(model).__name__,
         "model_type": _config(model).model_type,
+        "config": as_json(model),
         "way": way,
         "error": error,
         "vocab_size": config.vocab_size,
