@@ -14,6 +14,7 @@ from qcompiler.passes.equalize import Equalize
 from qcompiler.passes.fuse import Fuse
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.integers import Integers
+from qcompiler.passes.kquant import KQuant
 from qcompiler.passes.kv import Kv
 from qcompiler.passes.kv_cache import KvCache
 from qcompiler.passes.pack import Pack
@@ -34,6 +35,7 @@ PLUGIN = Plugin(
         Fuse,
         Gptq,
         Integers,
+        KQuant,
         Kv,
         KvCache,
         Pack,
