@@ -16,6 +16,7 @@ from qcompiler.passes.fuse import Fuse
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.hqq import Hqq
 from qcompiler.passes.integers import Integers
+from qcompiler.passes.kquant import KQuant
 from qcompiler.passes.kv import Kv
 from qcompiler.passes.kv_cache import KvCache
 from qcompiler.passes.nf4 import Nf4
@@ -40,6 +41,7 @@ PLUGIN = Plugin(
         Gptq,
         Hqq,
         Integers,
+        KQuant,
         Kv,
         KvCache,
         Nf4,

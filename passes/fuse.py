@@ -14,7 +14,7 @@ from qcompiler.ops import qc
 from qcompiler.passes.selection import layers_of, weight_name
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program, Type
-from qcompiler.scheme import QTensor
+from qcompiler.scheme import BY_ROW, QTensor
 
 aten = torch.ops.aten
 
@@ -88,22 +88,26 @@ def may_stack(weights: Sequence[QTensor]) -> Any:
         return No("each has one scale for the whole tensor")
     if first.axis not in (-1, 1):
         return No("their groups do not lie in rows")
-    if any(isinstance(part, QTensor) for part in (first.scale, first.minimum)):
-        return No("their scales are quantized too")
-    return True
+    for part in ("scale", "minimum"):
+        if isinstance(getattr(first, part), QTensor):
+            answer = may_stack([getattr(w, part) for w in weights])
+            if not answer:
+                return No(f"their scales are quantized too: {answer.reason}")
+    return all(w.by_row for w in weights) or No("their scales are quantized too, and not row by row")
 
 
 SHARED = ("codebook", "boundaries", "permutation")
-BY_ROW = ("codes", "scale", "zero", "minimum")
 
 
 def stack(weights: Sequence[QTensor]) -> QTensor:
     """The rows of all weights in one tensor; `may_stack` holds."""
-    parts = {
-        part: torch.cat([promoted(getattr(w, part), [getattr(o, part) for o in weights]) for w in weights])
-        for part in BY_ROW
-        if getattr(weights[0], part) is not None
-    }
+    parts: dict[str, Any] = {}
+    for name in BY_ROW:
+        rows = [getattr(w, name) for w in weights]
+        if isinstance(rows[0], QTensor):
+            parts[name] = stack(rows)
+        elif rows[0] is not None:
+            parts[name] = torch.cat([promoted(part, rows) for part in rows])
     shape = (sum(w.shape[0] for w in weights), *weights[0].shape[1:])
     return weights[0].with_parts(shape=shape, **parts)
 

@@ -37,6 +37,19 @@ class Hessian(Statistic):
 
 
 @dataclass(frozen=True)
+class SumSquares(Statistic):
+    """How many tokens there were, and the sum of each channel's squares over them: float64 [channels]."""
+
+    def start(self) -> tuple[int, Tensor | None]:
+        return 0, None
+
+    def step(self, state: tuple[int, Tensor | None], x: Tensor) -> tuple[int, Tensor]:
+        count, total = state
+        new = x.double().square().sum(0)
+        return count + x.shape[0], new if total is None else total + new
+
+
+@dataclass(frozen=True)
 class AbsMax(Statistic):
     """The largest magnitude of each channel, float32 [channels]."""
 

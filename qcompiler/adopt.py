@@ -3,9 +3,8 @@
 That is how a recipe that needs data, run once by `qcompiler.compile`, comes into `torch.compile`.
 """
 
-import torch
-
 from qcompiler.errors import InputError, No
+from qcompiler.formats.joined import members
 from qcompiler.program import Program
 from qcompiler.scheme import QTensor
 
@@ -18,7 +17,7 @@ def adopt(program: Program, source: Program) -> list[No]:
     Returns why the others were left alone. Raises InputError if there is nothing that fits.
     """
     refusals, taken = [], 0
-    known = dict(members(source))
+    known = {name: record for name, record in members(source) if isinstance(record, QTensor)}
     weights = [str(node.args[1].target) for node in program.linears()]  # type: ignore[union-attr]
     for name in dict.fromkeys(weights):
         found = known.get(name)
@@ -32,19 +31,6 @@ def adopt(program: Program, source: Program) -> list[No]:
         reasons = "; ".join(map(str, refusals[:3])) or "the model has no linear layers"
         raise InputError(f"no weight of the artifact fits this model: {reasons}")
     return refusals
-
-
-def members(source: Program) -> list[tuple[str, QTensor]]:
-    """The quantized tensors by name; those that the pass fuse put together, apart again."""
-    found = []
-    for name in source.quantized:
-        whole, start = source.qtensor(name), 0
-        rows: dict[str, int] = source.info.get("fused", {}).get(name, {})
-        found += [] if rows else [(name, whole)]
-        for member, count in rows.items() if whole.by_row else ():
-            found.append((member, whole.take(torch.arange(start, start + count))))
-            start += count
-    return found
 
 
 def fits(program: Program, name: str, found: QTensor) -> bool | No:

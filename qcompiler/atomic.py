@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all: written beside their place, forced to disk, then moved in one step."""
+"""Folders and files that appear complete or not at all: written beside their place, forced to disk, then moved."""
 
 import ctypes
 import os
@@ -31,6 +31,24 @@ def replacing(target: Path) -> Iterator[Path]:
         _move(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)  # after an exchange it holds the old folder
+    _flush_one(target.parent)
+
+
+@contextmanager
+def replacing_file(target: Path) -> Iterator[Path]:
+    """The path of a fresh file to write; when the block ends well it stands at `target`, whatever was there.
+
+    A block that raises leaves everything as it was. Raises OSError where the file system refuses.
+    """
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = _sibling(target, "new")
+    try:
+        yield fresh
+        _flush_one(fresh)
+        fresh.replace(target)
+    finally:
+        fresh.unlink(missing_ok=True)
     _flush_one(target.parent)
 
 

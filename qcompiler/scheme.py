@@ -369,13 +369,20 @@ class QTensor:
 
     @property
     def by_row(self) -> bool:
-        """Whether each row has codes and scales of its own: groups along the columns, and no second level."""
-        return self.axis in (-1, 1) and not any(isinstance(part, QTensor) for part in (self.scale, self.minimum))
+        """Whether each row has codes and scales of its own, on both levels where scales are quantized too."""
+        nested = [part for part in (self.scale, self.minimum) if isinstance(part, QTensor)]
+        return self.axis in (-1, 1) and all(part.by_row and part.rows == self.rows for part in nested)
 
     def take(self, rows: Tensor) -> "QTensor":
         """The tensor of some of its rows, int64 [count], where it is `by_row`."""
-        own = {name: part for name, part in self.parts().items() if name in ("codes", "scale", "zero", "minimum")}
-        taken = {name: part[rows] if part.shape[:1] == (self.rows,) else part for name, part in own.items()}
+
+        def of(part: "Tensor | QTensor") -> "Tensor | QTensor":
+            if isinstance(part, QTensor):
+                return part.take(rows)
+            return part[rows] if part.shape[:1] == (self.rows,) else part
+
+        own = {name: part for name in BY_ROW if (part := getattr(self, name)) is not None}
+        taken = {name: of(part) for name, part in own.items()}
         return self.with_parts(**taken, shape=(rows.shape[0], self.shape[1]))
 
     def with_parts(self, **parts: Any) -> "QTensor":
@@ -383,6 +390,7 @@ class QTensor:
         return replace(self, **parts)
 
 
+BY_ROW = ("codes", "scale", "zero", "minimum")  # the parts whose rows are those of the tensor
 _PARTS = ("codes", "scale", "zero", "minimum", "codebook", "boundaries", "permutation")
 
 

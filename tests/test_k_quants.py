@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from qcompiler.formats import k_quants
+from qcompiler.formats import gguf_types, k_quants
 
 gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
 
@@ -26,6 +26,6 @@ def blocks_of(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
 def test_they_decode_to_the_bits_of_gguf_py(kind: str) -> None:
     blocks = blocks_of(kind, 5, 768)
     expected = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
-    record = k_quants.decode(kind, torch.from_numpy(blocks), (5, 768))
+    record = gguf_types.decode(kind, torch.from_numpy(blocks), (5, 768))
     assert np.array_equal(record.dequantize().numpy().view(np.int32), expected.view(np.int32))
     assert record.nbytes < 5 * 768 * 7 / 8

@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 from qcompiler.errors import No
-from qcompiler.formats import k_quants
+from qcompiler.formats import gguf_types
 from qcompiler.formats.gguf import GgufFile
 from qcompiler.kernels import linear_wq as wq
 from qcompiler.kernels.cost import H200
@@ -36,7 +36,7 @@ def patched() -> None:
 
 
 def weight_of(kind: str, n: int, k: int) -> QTensor:
-    return k_quants.decode(kind, torch.from_numpy(blocks_of(kind, n, k, seed=n)), (n, k))
+    return gguf_types.decode(kind, torch.from_numpy(blocks_of(kind, n, k, seed=n)), (n, k))
 
 
 def assert_close(out: Tensor, x: Tensor, weight: QTensor, bias: Tensor | None = None) -> None:

@@ -6,22 +6,20 @@ are there, so that a truncated or hostile file costs one clear sentence and no m
 
 import mmap
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from qcompiler.errors import InputError, No, require
-from qcompiler.scheme import QTensor, Scheme, pack_bits
+from qcompiler.formats import gguf_types
+from qcompiler.scheme import QTensor
 
 # Value types of the metadata, by number: uint8, int8, ... as struct spells them. 8 is text, 9 an array.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
-_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,15 @@ class Stored:
 class GgufFile:
     """The checked header of a GGUF file, and access to its tensors.
 
-    `metadata` holds the key-value pairs as Python values; `spans` says where each lies in the file.
+    `metadata` holds the key-value pairs as Python values; `spans` says where each lies in the file, `types` the numbers
+    of its type and (of an array) of its items' type.
     """
 
     path: Path
     metadata: dict[str, Any]
     spans: dict[str, tuple[int, int]]
     tensors: dict[str, Stored]
+    types: dict[str, tuple[int, int | None]]
 
     @classmethod
     def read(cls, path: Path) -> "GgufFile":
@@ -94,13 +94,11 @@ class GgufFile:
     def qtensor(self, name: str) -> QTensor | No:
         """The tensor as its stored codes, if its type is one that a QTensor holds exactly."""
         stored = self.tensors[name]
-        decode = _DECODERS.get(stored.kind)
-        if decode is None:
+        if stored.kind not in gguf_types.KINDS:
             return No(f"type {stored.kind} is read as floats", where=name)
         if len(stored.shape) != 2:
             return No(f"{len(stored.shape)} axes; only matrices keep their codes", where=name)
-        blocks = torch.from_numpy(np.array(self.raw(name))).view(stored.shape[0], stored.shape[1] // _BLOCK, -1)
-        return decode(blocks, stored.shape)
+        return gguf_types.decode(stored.kind, torch.from_numpy(np.array(self.raw(name))), stored.shape)
 
 
 class _Broken(Exception):
@@ -122,6 +120,12 @@ class _Cursor:
 
     def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def peek(self, code: str) -> int:
+        """The number here, without going on."""
+        at, value = self.at, int(self.number(code))
+        self.at = at
+        return value
 
     def text(self) -> str:
         try:
@@ -152,8 +156,11 @@ class _Cursor:
         return list(struct.unpack(f"<{count}{code}", self.take(count * size)))
 
 
-def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, tuple[int, int]], dict[str, Stored]]:
-    """The metadata, their places, and the tensors of a file; _Broken says what is wrong."""
+Parsed = tuple[dict[str, Any], dict[str, tuple[int, int]], dict[str, Stored], dict[str, tuple[int, int | None]]]
+
+
+def _parse(data: mmap.mmap) -> Parsed:
+    """The metadata, their places, the tensors, and the metadata's types; _Broken says what is wrong."""
     cursor = _Cursor(data)
     if cursor.take(4) != b"GGUF":
         raise _Broken("it does not begin with GGUF")
@@ -161,18 +168,20 @@ def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, tuple[int, int]],
     if version not in (2, 3):
         raise _Broken(f"its version is {version}, not 2 or 3 in little-endian order")
     tensor_count, pair_count = cursor.count("tensors", 24), cursor.count("metadata pairs", 13)
-    metadata, spans = {}, {}
+    metadata, spans, types = {}, {}, {}
     for _ in range(pair_count):
         start, key = cursor.at, cursor.text()
         if key in metadata:
             raise _Broken(f'the metadata key "{key}" appears twice')
-        metadata[key] = cursor.value(cursor.number("I"))
+        kind = cursor.number("I")
+        types[key] = (kind, cursor.peek("I") if kind == _ARRAY else None)
+        metadata[key] = cursor.value(kind)
         spans[key] = (start, cursor.at)
     announced = [_tensor(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise _Broken(f"its alignment {alignment!r} is not a power of two")
-    return metadata, spans, _placed(announced, -(-cursor.at // alignment) * alignment, alignment, len(data))
+    return metadata, spans, _placed(announced, -(-cursor.at // alignment) * alignment, alignment, len(data)), types
 
 
 def _tensor(cursor: _Cursor) -> Stored:
@@ -212,35 +221,3 @@ def _placed(announced: list[Stored], base: int, alignment: int, size: int) -> di
         end, before = t.start + t.nbytes, t.name
         tensors[t.name] = Stored(t.name, t.shape, t.kind, base + t.start, t.nbytes)
     return {t.name: tensors[t.name] for t in announced}
-
-
-def _half(blocks: Tensor, start: int) -> Tensor:
-    """The float16 number at byte `start` of each block; [rows, blocks]."""
-    return blocks[..., start : start + 2].contiguous().view(torch.float16).squeeze(-1)
-
-
-def _nibbles(blocks: Tensor, start: int) -> Tensor:
-    """The 4-bit codes of each block: the low halves of 16 bytes, then the high ones; [rows, blocks, 32]."""
-    data = blocks[..., start : start + 16]
-    return torch.cat([data & 15, data >> 4], dim=-1)
-
-
-def _fifth_bits(blocks: Tensor, start: int) -> Tensor:
-    """Bit 4 of each code, in place (0 or 16); [rows, blocks, 32]."""
-    data = blocks[..., start : start + 4, None]
-    return (data >> torch.arange(8, dtype=torch.uint8) & 1).flatten(-2) << 4
-
-
-def _record(bits: int, shape: tuple[int, ...], codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> QTensor:
-    scheme = Scheme.parse(f"int{bits}:g{_BLOCK}:{'sym' if minimum is None else 'asym'}")
-    return QTensor(scheme, shape, pack_bits(codes.reshape(shape[0], -1), bits), scale, minimum=minimum)
-
-
-# A block: scale, minimum (the types ending in _1), the fifth bits (Q5), the codes.
-_DECODERS: dict[str, Callable[[Tensor, tuple[int, ...]], QTensor]] = {
-    "Q4_0": lambda b, shape: _record(4, shape, _nibbles(b, 2), _half(b, 0)),
-    "Q4_1": lambda b, shape: _record(4, shape, _nibbles(b, 4), _half(b, 0), _half(b, 2)),
-    "Q5_0": lambda b, shape: _record(5, shape, _nibbles(b, 6) | _fifth_bits(b, 2), _half(b, 0)),
-    "Q5_1": lambda b, shape: _record(5, shape, _nibbles(b, 8) | _fifth_bits(b, 4), _half(b, 0), _half(b, 2)),
-    "Q8_0": lambda b, shape: _record(8, shape, b[..., 2:] ^ 128, _half(b, 0)),
-}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qcompiler.errors import CaptureError, InputError, No, require
 from qcompiler.formats.gguf import GgufFile
+from qcompiler.formats.gguf_names import row_order
 from qcompiler.frontends import huggingface
 from qcompiler.program import Program
 from qcompiler.scheme import QTensor
@@ -42,10 +43,12 @@ def capture(source: str | os.PathLike[str], example_inputs: Any = None) -> Progr
         raise InputError("a GGUF file is captured without example inputs; leave them out")
     path = Path(source)
     file = GgufFile.read(path)
-    model, codes = load(file)
+    model, weights = load(file)
     program = huggingface.capture_model(model)
-    program.codes = _by_program_name(program, model, codes)
+    names = _program_names(program, model)
+    program.codes = {names[name]: record for name, record in weights.codes.items() if name in names}
     program.info |= {"frontend": "gguf", "source": str(path), "tokenizer": str(path.resolve())}
+    program.info["gguf"] = {stored: names[name] for stored, name in weights.places.items() if name in names}
     return program
 
 
@@ -59,8 +62,8 @@ def tokenizer(path: str | os.PathLike[str]) -> Any:
         return AutoTokenizer.from_pretrained(outline.parent, gguf_file=outline.name)
 
 
-def load(file: GgufFile) -> tuple[nn.Module, dict[str, QTensor]]:
-    """The float32 model of a GGUF file, and the QTensors of its parameters by their transformers names."""
+def load(file: GgufFile) -> "tuple[nn.Module, _Weights]":
+    """The float32 model of a GGUF file, and the tensors it was made of."""
     _check_counts(file)
     require("gguf", "gguf")
     from transformers import AutoModelForCausalLM
@@ -79,7 +82,7 @@ def load(file: GgufFile) -> tuple[nn.Module, dict[str, QTensor]]:
         config._name_or_path = file.path.stem
         model = type(empty).from_pretrained(None, config=config, state_dict=weights.tensors, dtype=torch.float32)
     weights.scale_rotary(model)
-    return model.eval(), weights.codes
+    return model.eval(), weights
 
 
 def _check_counts(file: GgufFile) -> None:
@@ -165,12 +168,16 @@ class _Flat:
 
 @dataclass
 class _Weights:
-    """A file's tensors under their transformers names: as float32, and as codes where a QTensor holds them."""
+    """A file's tensors under their transformers names: as float32, and as codes where a QTensor holds them.
+
+    `places` has the transformers names by the file's.
+    """
 
     file: GgufFile
     model: Any
     tensors: dict[str, Tensor] = field(default_factory=dict)
     codes: dict[str, QTensor] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
     unplaced: list[str] = field(default_factory=list)
 
     def read(self) -> None:
@@ -191,6 +198,7 @@ class _Weights:
                 floats, stored, tensor_key_mapping=names, parsed_parameters={"tensors": self.tensors}
             )
             if done.name in names:
+                self.places[stored] = names[done.name]
                 # A copy: what came from the file mapped is read-only, and may be a view in another order.
                 self.tensors[names[done.name]] = torch.from_numpy(np.array(done.weights, np.float32, order="C"))
                 if record:
@@ -211,12 +219,10 @@ class _Weights:
     def _keep_codes(self, name: str, record: QTensor, floats: Any, done: Any, processor: Any) -> None:
         """Keep the codes of a tensor that the processor left alone, or whose rows it only reordered."""
         if done.weights is not floats:
-            probe = np.broadcast_to(np.arange(len(floats), dtype=np.int32)[:, None], floats.shape)
-            order = processor.process(probe, done.name, tensor_key_mapping={}, parsed_parameters={}).weights
-            if order.shape != floats.shape or not np.array_equal(floats[order[:, 0]], done.weights):
+            order = row_order(processor, done.name, len(floats))
+            if isinstance(order, No) or not np.array_equal(floats[order], done.weights):
                 return
-            rows = torch.from_numpy(order[:, 0].copy()).long()
-            record = record.with_parts(**{part: tensor[rows] for part, tensor in record.parts().items()})
+            record = record.take(torch.from_numpy(order))
         self.codes[name] = record
 
     def check(self) -> None:
@@ -249,9 +255,9 @@ class _Weights:
             buffer.div_(factors)
 
 
-def _by_program_name(program: Program, model: nn.Module, codes: dict[str, QTensor]) -> dict[str, QTensor]:
-    """The codes under the names of the program's tensors, where a tied tensor has one name of several."""
+def _program_names(program: Program, model: nn.Module) -> dict[str, str]:
+    """The names of the program's tensors by those of the model's parameters: a tied tensor has one of several."""
     places = {tensor.data_ptr(): name for name, tensor in program.tensors.items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = {places.get(parameters[name].data_ptr(), name): record for name, record in codes.items()}
-    return {name: record for name, record in found.items() if name in program.tensors}
+    found = {name: places.get(parameter.data_ptr(), name) for name, parameter in parameters.items()}
+    return {name: place for name, place in found.items() if place in program.tensors}
