@@ -31,7 +31,7 @@ def analyze(program: Program, kind: Kind) -> Axes:
             rule = RULES.get(node.target, Axes.unknown)
             try:
                 axes.env[node] = rule(axes, node)
-            except RuntimeError:  # shapes that the rule was not made for: fixed, never guessed
+            except (RuntimeError, IndexError):  # shapes that the rule was not made for: fixed, never guessed
                 axes.env[node] = axes.unknown(node, f"{target_name(node.target)} has shapes without a rule")
         else:
             axes.fix([axes.env[n] for n in node.all_input_nodes], "the program returns it", node)

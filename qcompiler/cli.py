@@ -61,9 +61,9 @@ def compile_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; one qcompiler wrote is replaced.")],
     recipe: RecipeText = DEFAULT_RECIPE,
     calibration: Annotated[
-        str, typer.Option(help="A text or JSONL file, or self: the model writes its own text.")
+        str, typer.Option(help="A text, JSONL or .npz file (arrays), or self: the model writes its own text.")
     ] = "self",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
+    samples: Annotated[int, typer.Option(help="Calibration sequences, or samples.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 256,
     backend: BackendName = None,
     seed: Seed = 0,
@@ -75,12 +75,12 @@ def compile_command(
     The same command after a crash goes on after the last block that was finished.
     """
     from qcompiler.compiler import compile
-    from qcompiler.data import Calibration, read_texts
+    from qcompiler.data import Calibration, check_source
 
     _check_out(out)
     Calibration(calibration, samples, length)
     if calibration != "self":
-        next(read_texts(Path(calibration)))  # complain now, not after the capture
+        check_source(Path(calibration))  # complain now, not after the capture
     source = resolve(model)
     journal = out.resolve().parent / f".{out.name}.journal"
     with Reporter() as progress:

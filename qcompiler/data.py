@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompiler import arrays
 from qcompiler.calibration import Sample
 from qcompiler.errors import InputError
 from qcompiler.program import Input, Program
 
 TOKENS_PER_BATCH = 2048
 SELF = "self"
+ARRAYS = ".npz"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def load(
     if isinstance(source, str) and source == SELF:
         ids = write_text(program, calibration, progress)
         return _batches(list(ids), program)
+    if isinstance(source, (str, Path)) and Path(source).suffix == ARRAYS:
+        return arrays.samples(arrays.read(Path(source)), program, calibration.samples)
     if isinstance(source, (str, Path)):
         source = list(read_texts(Path(source)))
     if not isinstance(source, Sequence) or not source:
@@ -67,6 +71,14 @@ def load(
             return [{name: entry} for entry in source[: calibration.samples]]
         return _batches(rows[: calibration.samples], program)
     return _batches(_windows(source, calibration, tokenizer), program)
+
+
+def check_source(path: Path) -> None:
+    """InputError for a calibration file that is missing, empty or unreadable."""
+    if path.suffix == ARRAYS:
+        arrays.read(path)
+    else:
+        next(read_texts(path))
 
 
 def read_texts(path: Path) -> Iterator[str | list[int]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.backends.onnxruntime.graph import Stored, sizes_of, typed
-from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, Unsupported
+from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, Unsupported, schema_arguments
 from qcompiler.errors import No
 from qcompiler.program import Type
 from qcompiler.rounding import activation_scheme, group_size
@@ -64,8 +64,28 @@ def dynamic_grid(low: Lowering, grouped: ir.Value, kind: Scheme, axis: int = -1)
 
 
 def fake_quantize(low: Lowering, out: Type, x: ir.Value, grid: Sequence[ir.Value], scheme: str) -> ir.Value:
-    """An activation rounded to a grid and back."""
-    return rounded(low, x, grid, scheme)
+    """An activation rounded to a grid and back: to 8 bits with one static scale by QuantizeLinear, which fuses."""
+    assert low.node is not None
+    kind = activation_scheme(scheme)
+    if isinstance(quantizes(kind), No):
+        return rounded(low, x, grid, scheme)
+    scale, zero = _scalars(low, schema_arguments(low.node)[1])
+    return low.op("DequantizeLinear", codes(low, x, scale, zero), scale, zero)
+
+
+def quantizes(kind: Scheme) -> bool | No:
+    """Whether QuantizeLinear makes the codes of a scheme."""
+    static = not kind.dynamic and kind.granularity == "tensor"
+    return (static and kind.bits == 8 and kind.code == "int") or No(f"activations of int8:tensor, not {kind}")
+
+
+def codes(low: Lowering, x: ir.Value, scale: ir.Value, zero: ir.Value) -> ir.Value:
+    """The codes of x, shared by all that read them."""
+    key = ("codes", x, scale, zero)
+    if key not in low.memo:
+        low.memo[key] = low.op("QuantizeLinear", x, scale, zero)
+    value: ir.Value = low.memo[key]
+    return value
 
 
 def integer_product(
@@ -79,15 +99,13 @@ def integer_product(
 ) -> ir.Value | No:
     """A product of 8-bit codes: one static scale for the activation, one a row for the weight."""
     kind = activation_scheme(scheme)
-    if kind.dynamic or kind.granularity != "tensor" or kind.bits != 8:
-        return No(f"MatMulIntegerToFloat takes activations of int8:tensor, not {kind}")
+    answer = quantizes(kind)
+    if isinstance(answer, No):
+        return No(f"MatMulIntegerToFloat takes {answer.reason}")
     whole = weight.scheme.granularity in ("channel", "tensor") and weight.zero is None and weight.minimum is None
     if weight.scheme.bits != 8 or weight.scheme.code != "int" or not whole or not isinstance(weight.scale, Tensor):
         return No(f"MatMulIntegerToFloat takes weights of int8:channel:sym, not {weight.scheme}")
     scale, zero = _scalars(low, grid)
-    key = ("codes", x, scale, zero)  # shared by the layers that read x
-    if key not in low.memo:
-        low.memo[key] = low.op("QuantizeLinear", x, scale, zero)
     rows = weight.scale.float().expand(weight.rows, 1).flatten().contiguous()
     signed = Stored(
         (weight.columns, weight.rows),
@@ -97,7 +115,7 @@ def integer_product(
     )
     product: ir.Value = low.contrib(
         "MatMulIntegerToFloat",
-        low.memo[key],
+        codes(low, x, scale, zero),
         low.graph.store(f"{name}::signed", signed),
         scale,
         low.graph.store(f"{name}::row scales", Stored((weight.rows,), torch.float32, lambda: rows, f"{name}::rows")),

@@ -2,7 +2,7 @@
 
 import collections
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class Graph:
     constants: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
     stored: dict[str, tuple[ir.Value, Stored]] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+    imports: dict[str, int] = field(default_factory=dict)  # versions of domains that nodes came with
+    functions: dict[Any, ir.Function] = field(default_factory=dict)
 
     def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", name: str = "", **attributes: Any) -> ir.Value:
         """Add a node with one output and return that; attributes that are None are left out."""
@@ -98,6 +100,11 @@ class Graph:
             self.stored[name] = (value, tensor)
         return self.stored[name][0]
 
+    def adopt(self, value: ir.Value) -> None:
+        """An initializer of another graph, written into the model file."""
+        value.name = self.unique(str(value.name))
+        self.constants["adopted", value.name] = value
+
     def input(self, name: str, kind: Type) -> ir.Value:
         """A graph input."""
         return typed(ir.Value(name=self.unique(name)), kind)
@@ -116,14 +123,16 @@ class Graph:
         inputs: Sequence[ir.Value],
         outputs: Mapping[str, ir.Value],
         about: Mapping[str, Any],
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Write to `folder` what the outputs depend on; inputs that nothing reads are left out.
 
-        `about` is JSON-able and is kept in the model's metadata, with the number of nodes of each kind.
+        `about` is JSON-able and is kept in the model's metadata, with the number of nodes of each kind, beside
+        `metadata` of the source.
         """
         ends = [self._end(name, value) for name, value in outputs.items()]
         nodes = needed(self.nodes, ends)
-        used = {value for node in nodes for value in node.inputs if value is not None}
+        used = {value for node in nodes for value in read_by(node)}
         initializers = [value for value in self.constants.values() if value in used]
         pairs = [pair for pair in self.stored.values() if pair[0] in used]
         write_tensors(pairs, folder)
@@ -132,12 +141,18 @@ class Graph:
             ends,
             nodes=nodes,
             initializers=[*initializers, *(value for value, _ in pairs)],
-            opset_imports={"": OPSET, MICROSOFT: 1},
+            opset_imports={**self.imports, "": OPSET, MICROSOFT: 1},
             name="program",
         )
         counts = collections.Counter(node.op_type for node in nodes)
         note = json.dumps({"nodes": dict(counts.most_common()), **about})
-        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="qcompiler", metadata_props={METADATA: note})
+        model = ir.Model(
+            graph,
+            ir_version=IR_VERSION,
+            producer_name="qcompiler",
+            metadata_props={**(metadata or {}), METADATA: note},
+            functions=list(self.functions.values()),
+        )
         ir.save(model, folder / MODEL)
 
     def _end(self, name: str, value: ir.Value) -> ir.Value:
@@ -153,8 +168,26 @@ def needed(nodes: Sequence[ir.Node], outputs: Iterable[ir.Value]) -> list[ir.Nod
     found = {value.producer() for value in outputs}
     for node in reversed(nodes):
         if node in found:
-            found |= {value.producer() for value in node.inputs if value is not None}
+            found |= {value.producer() for value in read_by(node)}
     return [node for node in nodes if node in found]
+
+
+def read_by(node: ir.Node) -> Iterator[ir.Value]:
+    """What a node reads: its inputs, and whatever its subgraphs read or give."""
+    yield from (value for value in node.inputs if value is not None)
+    for graph in subgraphs(node):
+        yield from graph.outputs
+        for inner in graph:
+            yield from read_by(inner)
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs in a node's attributes."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
 
 
 def write_tensors(pairs: Iterable[tuple[ir.Value, Stored]], folder: Path) -> None:

@@ -142,11 +142,11 @@ class Lowering:
 
     def op(self, kind: str, *inputs: Any, **attributes: Any) -> ir.Value:
         """A node of the ONNX standard; numbers among its inputs become constants."""
-        return self.graph.op(kind, *map(self.as_value, inputs), name=self.label, **attributes)
+        return self.graph.op(kind, *map(self.as_value, inputs), name=self.title, **attributes)
 
     def ops(self, kind: str, *inputs: Any, outputs: int, **attributes: Any) -> list[ir.Value]:
         """A node with several outputs."""
-        return self.graph.ops(kind, *map(self.as_value, inputs), outputs=outputs, name=self.label, **attributes)
+        return self.graph.ops(kind, *map(self.as_value, inputs), outputs=outputs, name=self.title, **attributes)
 
     def contrib(self, kind: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
         """A node of ONNX Runtime's own operators."""
@@ -157,6 +157,13 @@ class Lowering:
     def label(self) -> str:
         """The name of the node being lowered."""
         return self.node.name if self.node is not None else ""
+
+    @property
+    def title(self) -> str:
+        """What the ONNX nodes of the node being lowered are called: as in the ONNX model it came from, if it did."""
+        if self.node is None or self.program.info.get("frontend") != "onnx":
+            return self.label
+        return str(self.node.meta.get("path") or self.label)
 
     def as_value(self, given: Any) -> ir.Value | None:
         """A value as it is, a number or a list of numbers as a constant."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import fx
 
-from qcompiler.backends.onnxruntime import activations, attention, elementwise, products, quantized, shapes
+from qcompiler.backends.onnxruntime import activations, attention, elementwise, products, quantized, shapes, verbatim
 from qcompiler.backends.onnxruntime.decoder import group_query
 from qcompiler.backends.onnxruntime.fusions import skip_norm
 from qcompiler.backends.onnxruntime.lowering import SCALAR, Fusion, Lowering, Options, Rule, Unsupported, operator_name
@@ -20,6 +20,7 @@ RULES: dict[str, Rule] = {
     **attention.RULES,
     **activations.RULES,
     **quantized.RULES,
+    **verbatim.RULES,
 }
 FUSIONS: dict[str, tuple[Fusion, ...]] = {"aten.add": (skip_norm,), "qc.cached_attention": (group_query,)}
 
@@ -40,7 +41,7 @@ def export(program: Program, folder: Path, options: Options) -> None:
         "accuracy_level": options.accuracy_level,
         "max_positions": options.max_positions,
     }
-    low.graph.save(folder, list(low.inputs.values()), outputs, about)
+    low.graph.save(folder, list(low.inputs.values()), outputs, about, program.info.get("onnx", {}).get("metadata"))
 
 
 def try_rule(program: Program, node: fx.Node) -> Answer:

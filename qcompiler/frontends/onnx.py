@@ -98,6 +98,7 @@ def _info(model: Source, program: Program, opaque: Mapping[int, str], types: Map
         "frontend": "onnx",
         "onnx": {
             "model": skeleton,
+            "metadata": {entry.key: entry.value for entry in model.proto.metadata_props},
             "types": {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in types.items()},
             "opaque": {str(i): f"{nodes[i].op_type}: {reason}" for i, reason in opaque.items()},
         },
@@ -355,7 +356,8 @@ def _whole(model: Source, watched: Watched, reason: str) -> Program:
     program.inputs = tuple(Input(name, types[name]) for name in watched.inputs)
     data = bytearray(model.complete().SerializeToString())
     program.tensors["onnx.model"] = torch.frombuffer(data, dtype=torch.uint8)
-    call = program.graph.call_function(qc.onnx, (program.get("onnx.model"), values), {"op": "model"})
+    how = {"op": "model", "dtype": torch.float32}
+    call = program.graph.call_function(qc.onnx, (program.get("onnx.model"), values), how)
     call.meta["type"] = tuple(types[name] for name in watched.outputs)
     items = []
     for i, name in enumerate(watched.outputs):

@@ -95,7 +95,7 @@ class Builder:
         model = self.single(node, fed, [n for n in needed if n not in fed])
         data = torch.frombuffer(bytearray(model.SerializeToString()), dtype=torch.uint8)
         stored = self.tensor(f"onnx.{index}.{node.op_type}", data)
-        whole = self.emit(qc.onnx, stored, [self.value(n) for n in fed], op=node.op_type)
+        whole = self.emit(qc.onnx, stored, [self.value(n) for n in fed], op=node.op_type, dtype=torch.float32)
         outputs = [name for name in node.output if name]
         self.origin[whole] = index
         whole.meta["type"] = tuple(self.types[name] for name in outputs)
