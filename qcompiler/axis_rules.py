@@ -135,6 +135,11 @@ def number(axes: Axes, node: fx.Node) -> Any:
     return None
 
 
+def shape_read(axes: Axes, node: fx.Node) -> Any:
+    """The sizes of a value: its channels are not looked at."""
+    return settled(axes.type_of(node))
+
+
 def linear_map(axes: Axes, node: fx.Node) -> Any:
     """A copy, a sign, a constant factor: any transform passes."""
     return labels_of(axes, node.args[0]).expand(axes.type_of(node))
@@ -461,6 +466,7 @@ RULES: dict[Any, Rule] = {
     aten.sum.dim_IntList: reduced,
     aten.amax.default: largest,
     aten.sym_size.int: number,
+    aten._shape_as_tensor.default: shape_read,
     aten.linear.default: linear,
     aten.embedding.default: embedding,
     aten.layer_norm.default: norm,

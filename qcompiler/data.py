@@ -81,6 +81,13 @@ def check_source(path: Path) -> None:
         next(read_texts(path))
 
 
+def examples(source: Any) -> dict[str, Tensor] | None:
+    """Example inputs from calibration data that name the inputs: the first two samples of arrays, or None."""
+    if not isinstance(source, (str, Path)) or Path(source).suffix != ARRAYS:
+        return None
+    return {name: array[:2] for name, array in arrays.read(Path(source)).items()}
+
+
 def read_texts(path: Path) -> Iterator[str | list[int]]:
     """The texts of a file: each line's `text` (or `input_ids`) for JSONL, the whole text otherwise."""
     if not path.is_file():
@@ -166,10 +173,19 @@ def write_text(
     return ids
 
 
-def check_samples(program: Program, seed: int = 0) -> list[Sample]:
-    """Small random inputs on which contracts are checked: two sizes, the second with left padding where it exists."""
+def check_samples(program: Program, seed: int = 0, examples: Any = None) -> list[Sample]:
+    """Small random inputs on which contracts are checked: two sizes, the second with left padding where it exists.
+
+    A front end that tried which inputs the model takes wrote them down (`info["tried"]`); where it takes no random
+    ones, `examples` (tensors by name) are all there is.
+    """
     random = torch.Generator().manual_seed(seed)
     found: list[Sample] = []
+    tried = program.info.get("tried")
+    if tried is not None:
+        for sizes, integers in tried:
+            found.append({i.name: _random(program, i, sizes, random, integers) for i in program.inputs})
+        return found or ([dict(examples)] if isinstance(examples, Mapping) else [])
     for batch, length in ((2, 19), (1, 11)):
         sizes = {"batch": batch, "sequence": length}
         sample = {i.name: _random(program, i, sizes, random) for i in program.inputs if not i.default}
@@ -182,10 +198,14 @@ def check_samples(program: Program, seed: int = 0) -> list[Sample]:
     return found
 
 
-def _random(program: Program, spec: Input, sizes: Mapping[str, int], random: torch.Generator) -> Tensor:
+def _random(
+    program: Program, spec: Input, sizes: Mapping[str, int], random: torch.Generator, integers: str = "bits"
+) -> Tensor:
     shape = [size if isinstance(size, int) else sizes.get(size, 5) for size in spec.type.shape]
     if spec.type.dtype == torch.bool:
         return torch.ones(shape, dtype=torch.bool)
     if spec.type.dtype.is_floating_point:
         return torch.randn(shape, generator=random).to(spec.type.dtype)
+    if integers != "bits":
+        return torch.full(shape, int(integers == "ones"), dtype=spec.type.dtype)
     return torch.randint(0, int(program.info.get("vocab_size") or 2), shape, generator=random, dtype=spec.type.dtype)

@@ -26,6 +26,19 @@ class GeluTanh(Rule):
         return program.call(aten.gelu.default, (x,), {"approximate": "tanh"}, like=node)
 
 
+class GeluErf(Rule):
+    """x * 0.5 * (1 + erf(x / sqrt(2)))  ->  gelu(x). Source: arXiv 1606.08415."""
+
+    def pattern(self, x: Pattern, root: Pattern, inverse: Pattern) -> Pattern:
+        half = op.erf(x / root) + 1 | op.erf(x * inverse) + 1
+        return x * half * 0.5 | x * 0.5 * half | x * (half * 0.5)
+
+    def rewrite(self, program: Program, node: fx.Node, x: Any, root: Any, inverse: Any) -> fx.Node | None:
+        if not (_close(root, math.sqrt(2)) or _close(inverse, math.sqrt(0.5))) or _rounds(x):
+            return None
+        return program.call(aten.gelu.default, (x,), like=node)
+
+
 class Silu(Rule):
     """x * sigmoid(x)  ->  silu(x)"""
 
@@ -46,4 +59,4 @@ def _rounds(x: Any) -> bool:
     return kind is None or kind.dtype.itemsize < 4
 
 
-RULES: tuple[Rule, ...] = (GeluTanh(), Silu())
+RULES: tuple[Rule, ...] = (GeluTanh(), GeluErf(), Silu())

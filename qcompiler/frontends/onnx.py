@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.errors import CaptureError, InputError, No, require
+from qcompiler.frontends import onnx_sizes as sizes
 from qcompiler.frontends.onnx_graph import Builder, Call
 from qcompiler.frontends.onnx_model import DTYPES, Source, filled, read, stored_name
 from qcompiler.frontends.onnx_rules import RULES
@@ -27,6 +28,7 @@ from qcompiler.frontends.verification import compare
 from qcompiler.ops import qc
 from qcompiler.program import Input, Program, Type
 
+INTEGERS = ("bits", "ones", "zeros")  # what integer inputs are tried with
 Values = dict[str, Any]  # numpy arrays by name: what ONNX Runtime takes and gives
 
 _TYPES = {
@@ -63,13 +65,13 @@ def capture(source: Any, example_inputs: Any = None) -> Program:
     opaque = {i: reason for i, reason in opaque.items() if i in builder.alive()}
     if opaque and not cases:
         opaque = dict.fromkeys(opaque, "no inputs were found to check it with; give example_inputs")
-    program.info = _info(model, program, opaque, types)
+    program.info = _info(model, program, opaque, types) | {"tried": watched.tried}
     answer = _agrees(program, cases)
     if isinstance(answer, No):
         everything = dict.fromkeys(range(len(model.proto.graph.node)), f"the mapped program differs: {answer.reason}")
         builder, opaque = build(model, types, watched.inputs, [], everything)
         program = builder.finish()
-        program.info = _info(model, program, opaque, types)
+        program.info = _info(model, program, opaque, types) | {"tried": watched.tried}
     return program
 
 
@@ -85,7 +87,14 @@ def _named(watched: "Watched", example_inputs: Any) -> Values | None:
     )
     if set(given) != set(watched.inputs):
         raise InputError(f"example inputs {sorted(given)} were given; the model takes {sorted(watched.inputs)}")
-    return {name: torch.as_tensor(value).numpy() for name, value in given.items()}
+    return {name: _sample(torch.as_tensor(value).numpy(), watched.specs[name].shape) for name, value in given.items()}
+
+
+def _sample(value: Any, shape: Sequence[Any]) -> Any:
+    """An example input; of samples that stand along an axis in front of the input's own, or along one of size 1, one."""
+    if value.ndim == len(shape) + 1:
+        return value[0]
+    return value[:1] if value.ndim and shape[0] == 1 else value
 
 
 def _info(model: Source, program: Program, opaque: Mapping[int, str], types: Mapping[str, Type]) -> dict[str, Any]:
@@ -116,6 +125,8 @@ class Watched:
         proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in made if n not in self.outputs)
         self.session = _session(proto, model)
         self.inputs = [spec.name for spec in self.session.get_inputs()]
+        self.graph = proto.graph
+        self.tried: list[tuple[dict[str, int], str]] = []  # sizes and integers that the model took
         self.specs = {s.name: s for s in [*self.session.get_inputs(), *self.session.get_outputs()]}
 
     def foreign(self) -> str:
@@ -142,32 +153,35 @@ class Watched:
             if values is None:
                 raise InputError("ONNX Runtime does not run the model with the example inputs")
             found.append(values)
-        dynamic = any(not isinstance(d, int) for n in self.inputs for d in self.specs[n].shape)
+        shapes = sizes.symbols(self.specs, self.inputs)
+        names = {size for shape in shapes.values() for size in shape if isinstance(size, str)}
         used: set[int] = set()
-        for size, integers in itertools.product((7, 11, 16, 64, 1, 224, 256, 512, 576), ("bits", "ones", "zeros")):
+        apart = (True, False) if len(names) > 1 else (False,)
+        for size, integers, split in itertools.product(sizes.TRIED, INTEGERS, apart):
             if len(found) == 2:
                 break
-            if dynamic and size in used:
+            if names and size in used:
                 continue
-            values = self.run({n: _random(self.specs[n], size, integers, i + size) for i, n in enumerate(self.inputs)})
+            # The first axis shrinks while the others grow, so that no size which follows from them looks like it.
+            tried = sizes.sizes_to_try(shapes, 3 - len(found), size, split)
+            values = self.run(self._random(shapes, tried, integers, size))
             if values is not None:
                 found.append(values)
                 used.add(size)
+                self.tried.append((tried, integers))
         return found
+
+    def _random(self, shapes: Any, tried: Mapping[str, int], integers: str, seed: int) -> Values:
+        feed = {}
+        for i, name in enumerate(self.inputs):
+            shape = [tried[d] if isinstance(d, str) else d for d in shapes[name]]
+            feed[name] = sizes.random(shape, _dtype(self.specs[name].type) or torch.float32, integers, i + seed)
+        return feed
 
     def types(self, cases: Sequence[Values]) -> dict[str, Type]:
         """The Type of every value: what ONNX Runtime infers, corrected by what was seen."""
-        found = {}
-        for name, spec in self.specs.items():
-            shape = list(spec.shape)
-            seen = [case[name].shape for case in cases]
-            if seen and len(seen[0]) != len(shape):
-                shape = [None] * len(seen[0])
-            for axis, length in enumerate(shape):
-                if not isinstance(length, int):
-                    shape[axis] = length or f"{name}_{axis}"
-            found[name] = Type(tuple(shape), _dtype(spec.type) or torch.uint8)
-        return found
+        dtypes = {name: _dtype(spec.type) or torch.uint8 for name, spec in self.specs.items()}
+        return sizes.types(self.graph, self.specs, dtypes, cases)
 
 
 def _session(proto: Any, model: Source) -> Any:
@@ -198,18 +212,6 @@ def _array(value: Any) -> Any:
 def _dtype(text: str) -> torch.dtype | None:
     match = re.fullmatch(r"tensor\((\w+)\)", text)
     return DTYPES.get(_TYPES.get(match[1], 0)) if match else None
-
-
-def _random(spec: Any, size: int, integers: str, seed: int) -> np.ndarray[Any, Any]:
-    """Random data for an input; dynamic axes get `size`, the first one 2 or 3."""
-    shape = [d if isinstance(d, int) else (2 + size % 2 if axis == 0 else size) for axis, d in enumerate(spec.shape)]
-    dtype = torch.empty(0, dtype=_dtype(spec.type)).numpy().dtype
-    chance = np.random.default_rng(seed)
-    if dtype.kind == "f":
-        return chance.normal(0, 1, shape).astype(dtype)
-    if integers == "bits" or dtype.kind == "b":
-        return chance.integers(0, 2, shape).astype(dtype)
-    return np.full(shape, integers == "ones").astype(dtype)
 
 
 def build(

@@ -175,6 +175,21 @@ class Call:
         """All inputs that are there."""
         return [self.builder.value(name) for name in self.proto.input if name]
 
+    def operands(self, swap: bool = False) -> list[Any]:
+        """Both inputs, the second as a plain number if it is a constant one; if they may `swap`, the first as well."""
+        names = list(self.proto.input)
+        if swap and self._number(names[0]) is not None and self._number(names[1]) is None:
+            names.reverse()
+        number = self._number(names[1])
+        inner = self.builder.types.get(names[0])
+        small = self.builder.small.get(names[1])
+        fits = inner is not None and small is not None and small.ndim <= inner.rank
+        return [self.builder.value(names[0]), number if number is not None and fits else self.builder.value(names[1])]
+
+    def _number(self, name: str) -> Any:
+        small = self.builder.small.get(name)
+        return small.reshape(-1)[0].item() if small is not None and small.size == 1 and small.dtype != bool else None
+
     def has(self, i: int) -> bool:
         """Whether input `i` is given."""
         return i < len(self.proto.input) and bool(self.proto.input[i])
@@ -341,7 +356,41 @@ def _cast_sizes(builder: Builder, call: Call) -> Sizes | None:
     return call.sizes(0) if call.attribute("to", 0) in (6, 7) else None
 
 
+def _filled_sizes(builder: Builder, call: Call) -> Sizes | None:
+    """ConstantOfShape of a short vector."""
+    count, value = call.sizes(0), call.tensor_attribute("value")
+    if count is None or len(count) != 1 or not isinstance(count[0], int) or count[0] > SMALL:
+        return None
+    return [0 if value is None else int(value)] * count[0]
+
+
+def _equal_sizes(builder: Builder, call: Call) -> Sizes | None:
+    """Whether sizes are given numbers, as 0 and 1; a size that is not known yet is never negative."""
+    a, b = call.sizes(0), call.sizes(1)
+    if a is None or b is None or len(a) != len(b):
+        return None
+    pairs = list(zip(a, b, strict=True))
+    known = all(isinstance(x, int) and isinstance(y, int) or _negative(x) or _negative(y) for x, y in pairs)
+    return [int(isinstance(x, int) and isinstance(y, int) and x == y) for x, y in pairs] if known else None
+
+
+def _negative(size: Any) -> bool:
+    return isinstance(size, int) and size < 0
+
+
+def _chosen_sizes(builder: Builder, call: Call) -> Sizes | None:
+    which, a, b = (call.sizes(i) for i in range(3))
+    if which is None or a is None or b is None or not len(which) == len(a) == len(b):
+        return None
+    if not all(isinstance(w, int) for w in which):
+        return None
+    return [x if w else y for w, x, y in zip(which, a, b, strict=True)]
+
+
 _SIZES = {
+    "ConstantOfShape": _filled_sizes,
+    "Equal": _equal_sizes,
+    "Where": _chosen_sizes,
     "Shape": _shape_sizes,
     "Gather": _gather_sizes,
     "Slice": _slice_sizes,
