@@ -49,6 +49,19 @@ class Silu(Rule):
         return program.call(aten.silu.default, (x,), like=node) if not _rounds(x) else None
 
 
+class HardSwish(Rule):
+    """x * clamp(x + 3, 0, 6) / 6  ->  hardswish(x). Source: MobileNetV3 (arXiv 1905.02244), section 5.2."""
+
+    def pattern(self, x: Pattern, sixth: Pattern) -> Pattern:
+        gate = op.clamp(x + 3, 0, 6)
+        return x * gate / 6 | x * (gate / 6) | x * gate * sixth | x * (gate * sixth)
+
+    def rewrite(self, program: Program, node: fx.Node, x: Any, sixth: Any) -> fx.Node | None:
+        if (sixth is not None and not _close(sixth, 1 / 6)) or _rounds(x):
+            return None
+        return program.call(aten.hardswish.default, (x,), like=node)
+
+
 def _close(value: Any, wanted: float) -> bool:
     return isinstance(value, float) and math.isclose(value, wanted, rel_tol=1e-6)
 
@@ -59,4 +72,4 @@ def _rounds(x: Any) -> bool:
     return kind is None or kind.dtype.itemsize < 4
 
 
-RULES: tuple[Rule, ...] = (GeluTanh(), GeluErf(), Silu())
+RULES: tuple[Rule, ...] = (GeluTanh(), GeluErf(), HardSwish(), Silu())

@@ -190,6 +190,10 @@ class Call:
         small = self.builder.small.get(name)
         return small.reshape(-1)[0].item() if small is not None and small.size == 1 and small.dtype != bool else None
 
+    def number(self, i: int) -> Any:
+        """Input `i` as a plain number if it is a constant one."""
+        return self._number(self.name(i)) if self.has(i) else None
+
     def has(self, i: int) -> bool:
         """Whether input `i` is given."""
         return i < len(self.proto.input) and bool(self.proto.input[i])

@@ -93,6 +93,9 @@ def _gelu(call: Call) -> Made:
 def _clip(call: Call) -> Made:
     if call.opset < 11:
         return call.emit(aten.clamp.default, call.value(0), call.attribute("min", None), call.attribute("max", None))
+    known = [call.number(i) for i in (1, 2)]
+    if all(number is not None or not call.has(i) for i, number in zip((1, 2), known, strict=True)):
+        return call.emit(aten.clamp.default, call.value(0), *known) if known != [None, None] else call.inputs[0]
     low, high = call.value(1), call.value(2)
     return call.value(0) if low is None and high is None else call.emit(aten.clamp.Tensor, call.value(0), low, high)
 

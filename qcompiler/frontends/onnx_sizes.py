@@ -4,7 +4,7 @@ ONNX names the free axes of the inputs; what follows from them is found on data.
 at different sizes have one name, and an axis whose size never changed is static, unless its size may depend on values.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ import torch
 
 from qcompiler.program import Type
 
-TRIED = (7, 11, 16, 64, 1, 224, 256, 512, 576)  # for free axes; some models take multiples of 32, or one size only
+# For free axes; some models take multiples of 32, or one size only. Small images vanish in the strides of a network.
+TRIED = (7, 11, 16, 64, 1, 224, 256, 512, 576)
+TRIED_IMAGES = (64, 128, 224, 256, 32, 512)
 APART = 32  # between free axes of different names, where the model allows it
 
 # Inputs whose values say how large the output is; None: the sizes follow from values in a way of their own.
@@ -42,11 +44,34 @@ def symbols(specs: Mapping[str, Any], inputs: Sequence[str]) -> dict[str, list[i
     return {name: [symbol(name, axis, d) for axis, d in enumerate(specs[name].shape)] for name in inputs}
 
 
-def sizes_to_try(shapes: Mapping[str, Sequence[int | str]], batch: int, size: int, apart: bool) -> dict[str, int]:
-    """A size for each free axis: `batch` for the first ones, `size` (or, if `apart`, each another) for the rest."""
-    first = {shape[0] for shape in shapes.values() if shape and isinstance(shape[0], str)}
-    rest = dict.fromkeys(s for shape in shapes.values() for s in shape if isinstance(s, str) and s not in first)
-    return {str(s): batch for s in first} | {s: size + APART * i * apart for i, s in enumerate(rest)}
+Shapes = Mapping[str, Sequence[int | str]]  # of the inputs; free axes are names
+
+
+def first_axes(shapes: Shapes) -> list[str]:
+    """The free axes that come first in some input: the batch, as a rule."""
+    return list(dict.fromkeys(shape[0] for shape in shapes.values() if shape and isinstance(shape[0], str)))
+
+
+def seen(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes of the free axes in given inputs."""
+    pairs = ((axis, size) for name, array in given.items() for axis, size in zip(shapes[name], array.shape, strict=True))
+    return {axis: size for axis, size in pairs if isinstance(axis, str)}
+
+
+def attempts(shapes: Shapes, known: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Sizes to try for the free axes but the first ones, the likeliest first: near those known to work."""
+    first = first_axes(shapes)
+    rest = list(dict.fromkeys(s for shape in shapes.values() for s in shape if isinstance(s, str) and s not in first))
+    spread = [APART * i for i in range(len(rest))]
+    if known:
+        for more in (APART, 0):
+            yield {axis: known[axis] + more + i for axis, i in zip(rest, spread, strict=True)}
+            yield {axis: known[axis] + more for axis in rest}
+    images = any(len(shape) > 3 for shape in shapes.values())
+    for size in TRIED_IMAGES if images else TRIED:
+        if len(rest) > 1:
+            yield {axis: size + i for axis, i in zip(rest, spread, strict=True)}
+        yield dict.fromkeys(rest, size)
 
 
 def random(shape: Sequence[int], dtype: torch.dtype, integers: str, seed: int) -> np.ndarray[Any, Any]:
