@@ -72,7 +72,7 @@ def export_encoder(model: Any, path: Path) -> None:
             return self.m(input_ids=input_ids, **given).last_hidden_state
 
     ids, names = torch.ones(2, 9, dtype=torch.int64), ["input_ids", "attention_mask", "token_type_ids"]
-    axes = dict.fromkeys([*names, "last_hidden_state"], {0: "batch", 1: "sequence"})
+    axes = {key: {0: "batch", 1: "sequence"} for key in [*names, "last_hidden_state"]}
     torch.onnx.export(
         Encoder(), (ids, ids, 0 * ids), path, dynamo=False, opset_version=17,
         input_names=names, output_names=["last_hidden_state"], dynamic_axes=axes,
@@ -146,9 +146,7 @@ def _syllable(chance: Any) -> Any:
         radius, angle = 0.97, 2 * np.pi * centre / RATE
         pulses = lfilter([1 - radius], [1, -2 * radius * np.cos(angle), radius**2], pulses)
     voiced = 0.3 * pulses / np.abs(pulses).max() * np.hanning(length)
-    return np.concatenate([voiced, np.zeros(int(chance.integers(400, 3200)))]) + chance.normal(
-        0, 0.002, 1
-    )
+    return np.concatenate([voiced, np.zeros(int(chance.integers(400, 3200)))]) + chance.normal(0, 0.002, 1)
 
 
 def rapid(file: str) -> Callable[[], Path]:

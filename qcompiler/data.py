@@ -183,9 +183,12 @@ def check_samples(program: Program, seed: int = 0, examples: Any = None) -> list
     found: list[Sample] = []
     tried = program.info.get("tried")
     if tried is not None and isinstance(examples, Mapping):
-        return [dict(examples)]
+        exact = all(examples[i.name].dim() == i.type.rank for i in program.inputs)
+        return [dict(examples)] if exact else arrays.samples(examples, program, most=1)
     if tried is not None:
-        return [{i.name: _random(program, i, sizes, random, integers) for i in program.inputs} for sizes, integers in tried]
+        return [
+            {i.name: _random(program, i, sizes, random, integers) for i in program.inputs} for sizes, integers in tried
+        ]
     for batch, length in ((2, 19), (1, 11)):
         sizes = {"batch": batch, "sequence": length}
         sample = {i.name: _random(program, i, sizes, random) for i in program.inputs if not i.default}

@@ -29,6 +29,7 @@ class Options:
     accuracy_level: int = 4
     padding: bool = False
     max_positions: int = 8192
+    opset_only: bool = False
 
 
 Rule = Callable[..., Any]  # (lowering, result type, *arguments in schema order) -> value or list of values

@@ -5,7 +5,17 @@ from pathlib import Path
 
 from torch import fx
 
-from qcompiler.backends.onnxruntime import activations, attention, elementwise, products, quantized, shapes, verbatim
+from qcompiler.backends.onnxruntime import (
+    activations,
+    attention,
+    convolutions,
+    elementwise,
+    pooling,
+    products,
+    quantized,
+    shapes,
+    verbatim,
+)
 from qcompiler.backends.onnxruntime.decoder import group_query
 from qcompiler.backends.onnxruntime.fusions import skip_norm
 from qcompiler.backends.onnxruntime.lowering import SCALAR, Fusion, Lowering, Options, Rule, Unsupported, operator_name
@@ -20,6 +30,8 @@ RULES: dict[str, Rule] = {
     **attention.RULES,
     **activations.RULES,
     **quantized.RULES,
+    **convolutions.RULES,
+    **pooling.RULES,
     **verbatim.RULES,
 }
 FUSIONS: dict[str, tuple[Fusion, ...]] = {"aten.add": (skip_norm,), "qc.cached_attention": (group_query,)}

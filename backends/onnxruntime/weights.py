@@ -64,6 +64,24 @@ FLOAT_GATHER = Kernel("Gather (dequantized when written)", "qc.embedding", Accep
 KERNELS = (MATMUL, MATMUL_MINIMA, FLOAT_MATMUL, GATHER, GATHER_MINIMA, FLOAT_GATHER)
 
 
+def signed(weight: QTensor) -> bool | No:
+    """Whether DequantizeLinear stands for a weight of 8 bits with one scale a row."""
+    whole = weight.scheme.granularity in ("channel", "tensor") and weight.zero is None and weight.minimum is None
+    plain = weight.scheme.bits == 8 and weight.scheme.code == "int" and isinstance(weight.scale, Tensor)
+    return (whole and plain) or No(f"weights of int8:channel:sym, not {weight.scheme}")
+
+
+def row_scales(weight: QTensor) -> Tensor:
+    """The scale of each row, float32 [rows]."""
+    assert isinstance(weight.scale, Tensor)
+    return weight.scale.float().expand(weight.rows, 1).flatten().contiguous()
+
+
+def int8_codes(weight: QTensor) -> Tensor:
+    """The codes as signed numbers, int8 [rows, columns]."""
+    return (weight.unpacked().to(torch.int16) - 128).to(torch.int8)
+
+
 @dataclass(frozen=True)
 class Blockwise:
     """A quantized matrix cut into blocks: what is written, and how it is to be read.

@@ -236,7 +236,7 @@ def build(
         builder.place = node.name or f"{node.op_type}_{index}"
         if node.output[0] in builder.constants:
             value = torch.from_numpy(np.array(builder.constants[node.output[0]]))
-            builder.values[node.output[0]] = builder.tensor(node.output[0], value)
+            builder.values[node.output[0]] = builder.constant(node.output[0], value)
             continue
         known = None if opaque is None else opaque.get(index)
         if known is None and (cases or opaque is not None):

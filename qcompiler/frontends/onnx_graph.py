@@ -38,6 +38,7 @@ class Builder:
         self.small |= {n: a for n, a in self.constants.items() if a.nbytes <= SMALL}
         self.turned = _turned(graph, self.stored)
         self.values: dict[str, fx.Node] = {}
+        self.same: dict[Any, fx.Node] = {}  # small constants by what they hold
         self.origin: dict[fx.Node, int] = {}
         self.program = Program(fx.Graph(), {}, (), ())
         self.place = ""
@@ -57,6 +58,15 @@ class Builder:
         key = stored_name(name)
         self.program.tensors.setdefault(key, value)
         return self.program.get(key)
+
+    def constant(self, name: str, value: Tensor) -> fx.Node:
+        """A get_attr node of a Constant; small ones that are equal are one."""
+        if value.nbytes > SMALL:
+            return self.tensor(name, value)
+        key = (value.dtype, tuple(value.shape), value.numpy().tobytes())
+        if key not in self.same:
+            self.same[key] = self.tensor(name, value)
+        return self.same[key]
 
     def value(self, name: str) -> fx.Node:
         """The node that gives the value `name`."""
@@ -374,7 +384,7 @@ def _equal_sizes(builder: Builder, call: Call) -> Sizes | None:
     if a is None or b is None or len(a) != len(b):
         return None
     pairs = list(zip(a, b, strict=True))
-    known = all(isinstance(x, int) and isinstance(y, int) or _negative(x) or _negative(y) for x, y in pairs)
+    known = all((isinstance(x, int) and isinstance(y, int)) or _negative(x) or _negative(y) for x, y in pairs)
     return [int(isinstance(x, int) and isinstance(y, int) and x == y) for x, y in pairs] if known else None
 
 

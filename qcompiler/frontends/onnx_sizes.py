@@ -54,7 +54,9 @@ def first_axes(shapes: Shapes) -> list[str]:
 
 def seen(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, int]:
     """The sizes of the free axes in given inputs."""
-    pairs = ((axis, size) for name, array in given.items() for axis, size in zip(shapes[name], array.shape, strict=True))
+    pairs = (
+        (axis, size) for name, array in given.items() for axis, size in zip(shapes[name], array.shape, strict=True)
+    )
     return {axis: size for axis, size in pairs if isinstance(axis, str)}
 
 
@@ -142,7 +144,7 @@ def uncertain(graph: Any) -> set[str]:
     for node in graph.node:
         given = [name for name in node.input if name]
         standard = node.domain in ("", "ai.onnx")
-        if standard and (node.op_type in _SIZES and not free & set(given) or (_pure(node) and plain >= set(given))):
+        if standard and ((node.op_type in _SIZES and not free & set(given)) or (_pure(node) and plain >= set(given))):
             plain.update(node.output)
         sized = _SIZED_BY.get(node.op_type, ()) if standard else None
         told = sized is not None and all(n in plain for n in _at(node, sized))
