@@ -22,7 +22,8 @@ class OnnxRuntime(Backend):
     `accuracy_level` is that of quantized matrix products: 4 rounds activations to 8 bits, a block at a time, and is
     the fastest; 0 keeps them float. `threads` (None: as many as PyTorch uses) work inside one operator.
     `padding` lowers attention so that batches may be padded on the left, which is slower. `max_positions` is the
-    longest sequence that rotary tables are made for, where the model itself is not limited to less.
+    longest sequence that rotary tables are made for, where the model itself is not limited to less. `opset_only`
+    writes operators of the ONNX standard alone, for other runtimes: slower here.
     """
 
     name: ClassVar[str] = "onnxruntime"
@@ -30,6 +31,7 @@ class OnnxRuntime(Backend):
     threads: int | None = None
     padding: bool = False
     max_positions: int = 8192
+    opset_only: bool = False
 
     def available(self) -> Answer:
         """True, or which package is missing."""
@@ -56,7 +58,7 @@ class OnnxRuntime(Backend):
         assert place is not None
         place.mkdir(parents=True, exist_ok=True)
         limit = min(self.max_positions, program.info.get("max_positions") or self.max_positions)
-        export(program, place, Options(self.accuracy_level, self.padding, limit))
+        export(program, place, Options(self.accuracy_level, self.padding, limit, self.opset_only))
         return OnnxRunner(program, place, self.threads, temporary)
 
     def load(self, program: Program, folder: Path) -> Runner:

@@ -134,6 +134,8 @@ def reciprocal_root(low: Lowering, out: Type, x: ir.Value) -> ir.Value:
 
 def silu(low: Lowering, out: Type, x: ir.Value) -> ir.Value:
     """x * sigmoid(x), which ONNX Runtime has as QuickGelu with alpha 1."""
+    if low.options.opset_only:
+        return low.op("Mul", x, low.op("Sigmoid", x))
     return low.contrib("QuickGelu", x, alpha=1.0)  # type: ignore[no-any-return]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ IR_VERSION = 10
 MICROSOFT = "com.microsoft"
 METADATA = "qcompiler"
 MODEL, DATA = "model.onnx", "model.onnx.data"
+INLINE = 1 << 30  # bytes of tensors that go into the model file; protobuf ends at 2 GB
 PAGE = 4096  # large tensors start on a page, so that ONNX Runtime can map them instead of copying
 
 ONNX_DTYPES = {
@@ -46,6 +48,12 @@ class Stored:
     dtype: torch.dtype
     make: Callable[[], Tensor]
     key: str
+    kind: ir.DataType | None = None  # of elements that torch does not have; `make` gives their bytes, uint8
+
+    @property
+    def element(self) -> ir.DataType:
+        """The type of the elements."""
+        return self.kind or ONNX_DTYPES[self.dtype]
 
 
 @dataclass
@@ -97,6 +105,7 @@ class Graph:
         """A large tensor, written into the data file; asked for twice it is the same value."""
         if name not in self.stored:
             value = typed(ir.Value(name=self.unique(name)), Type(tensor.shape, tensor.dtype))
+            value.type = ir.TensorType(tensor.element)
             self.stored[name] = (value, tensor)
         return self.stored[name][0]
 
@@ -124,11 +133,12 @@ class Graph:
         outputs: Mapping[str, ir.Value],
         about: Mapping[str, Any],
         metadata: Mapping[str, str] | None = None,
+        inline: bool = False,
     ) -> None:
         """Write to `folder` what the outputs depend on; inputs that nothing reads are left out.
 
         `about` is JSON-able and is kept in the model's metadata, with the number of nodes of each kind, beside
-        `metadata` of the source.
+        `metadata` of the source. With `inline` there is one file, where its format allows it (up to 2 GB).
         """
         ends = [self._end(name, value) for name, value in outputs.items()]
         nodes = needed(self.nodes, ends)
@@ -141,7 +151,7 @@ class Graph:
             ends,
             nodes=nodes,
             initializers=[*initializers, *(value for value, _ in pairs)],
-            opset_imports={**self.imports, "": OPSET, MICROSOFT: 1},
+            opset_imports={**self.imports, **needed_domains(nodes), "": OPSET},
             name="program",
         )
         counts = collections.Counter(node.op_type for node in nodes)
@@ -154,6 +164,9 @@ class Graph:
             functions=list(self.functions.values()),
         )
         ir.save(model, folder / MODEL)
+        if inline and (folder / DATA).stat().st_size < INLINE:
+            onnx.save(onnx.load(folder / MODEL), folder / MODEL)
+            (folder / DATA).unlink()
 
     def _end(self, name: str, value: ir.Value) -> ir.Value:
         """The graph output called `name`."""
@@ -170,6 +183,11 @@ def needed(nodes: Sequence[ir.Node], outputs: Iterable[ir.Value]) -> list[ir.Nod
         if node in found:
             found |= {value.producer() for value in read_by(node)}
     return [node for node in nodes if node in found]
+
+
+def needed_domains(nodes: Iterable[ir.Node]) -> dict[str, int]:
+    """ONNX Runtime's own operators, if there are any."""
+    return {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in nodes) else {}
 
 
 def read_by(node: ir.Node) -> Iterator[ir.Value]:
@@ -206,7 +224,7 @@ def write_tensors(pairs: Iterable[tuple[ir.Value, Stored]], folder: Path) -> Non
                 DATA,
                 offset,
                 length,
-                ONNX_DTYPES[stored.dtype],
+                stored.element,
                 shape=ir.Shape(stored.shape),
                 name=str(value.name),
                 base_dir=folder,

@@ -150,7 +150,9 @@ class Lowering:
         return self.graph.ops(kind, *map(self.as_value, inputs), outputs=outputs, name=self.title, **attributes)
 
     def contrib(self, kind: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
-        """A node of ONNX Runtime's own operators."""
+        """A node of ONNX Runtime's own operators; Unsupported where only those of the standard may be written."""
+        if self.options.opset_only:
+            raise Unsupported(f"{kind}, which is no operator of the ONNX standard")
         made = self.ops(kind, *inputs, outputs=outputs, domain=MICROSOFT, **attributes)
         return made[0] if outputs == 1 else made
 

@@ -28,6 +28,8 @@ def linear(low: Lowering, out: Type, x: ir.Value, weight: ir.Value, bias: ir.Val
     source = schema_arguments(low.node)[1]
     if source.op != "get_attr":
         product = low.op("MatMul", x, low.op("Transpose", weight, perm=[1, 0]))
+    elif is_tied(low, source) and low.options.opset_only:
+        product = low.op("MatMul", x, low.op("Transpose", weight, perm=[1, 0]))
     elif is_tied(low, source):
         product = low.contrib("FusedMatMul", x, weight, transB=1)
     else:

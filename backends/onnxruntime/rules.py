@@ -39,7 +39,7 @@ FUSIONS: dict[str, tuple[Fusion, ...]] = {"aten.add": (skip_norm,), "qc.cached_a
 
 def export(program: Program, folder: Path, options: Options) -> None:
     """Write the program to `folder` as model.onnx and model.onnx.data; BackendError names a node that has no form."""
-    low = Lowering(program, options, RULES, FUSIONS)
+    low = Lowering(program, options, RULES, {} if options.opset_only else FUSIONS)
     try:
         outputs = low.run()
     except Unsupported as error:
@@ -53,7 +53,9 @@ def export(program: Program, folder: Path, options: Options) -> None:
         "accuracy_level": options.accuracy_level,
         "max_positions": options.max_positions,
     }
-    low.graph.save(folder, list(low.inputs.values()), outputs, about, program.info.get("onnx", {}).get("metadata"))
+    inline = program.info.get("frontend") == "onnx"  # one file became one file
+    metadata = program.info.get("onnx", {}).get("metadata")
+    low.graph.save(folder, list(low.inputs.values()), outputs, about, metadata, inline)
 
 
 def try_rule(program: Program, node: fx.Node) -> Answer:

@@ -1,4 +1,4 @@
-"""The rule for qc.onnx: nodes that came from an ONNX model and have no ATen form go back into the graph as they were."""
+"""The rule for qc.onnx: nodes of an ONNX model that have no ATen form go back into the graph as they were."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,14 +20,16 @@ def verbatim(
     data = low.program.tensors[str(low.node.args[0].target)]  # type: ignore[union-attr]
     proto = raised(onnx.ModelProto.FromString(data.numpy().tobytes()), op)
     model = ir.from_proto(proto)
-    for own, given in zip(model.graph.inputs, inputs, strict=True):
+    # Before IR version 4 initializers are listed as inputs too.
+    own_inputs = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+    for own, given in zip(own_inputs, inputs, strict=True):
         ir.convenience.replace_all_uses_with(own, given)
         own.name = None
     for domain, version in model.opset_imports.items():
         if domain not in _STANDARD:
             agree(low, domain, version)
     low.graph.functions |= model.functions
-    outputs = [_given(value, model.graph.inputs, inputs) for value in model.graph.outputs]
+    outputs = [_given(value, own_inputs, inputs) for value in model.graph.outputs]
     for value in list(model.graph.initializers.values()):
         del model.graph.initializers[str(value.name)]
         low.graph.adopt(value)
