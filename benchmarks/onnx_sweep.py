@@ -20,6 +20,7 @@ import onnx
 import onnxruntime as ort
 import torch
 from common import write
+from onnx.backend.test.case.node import collect_testcases
 
 from qcompiler.backends.onnxruntime import OnnxRuntime
 from qcompiler.errors import No, QCompilerError
@@ -28,33 +29,48 @@ from qcompiler.frontends.onnx_write import export
 from qcompiler.program import Program
 from qcompiler.target import refusals_of
 
-KINDS = ("node", "simple", "light", "pytorch-converted", "pytorch-operator")
+KINDS = ("simple", "light", "pytorch-converted", "pytorch-operator")
+Feed = dict[str, torch.Tensor]
 
 
-def folders(only: str) -> Iterator[Path]:
-    """The models' folders, each with inputs and outputs."""
+def models(only: str) -> Iterator[tuple[str, Any, list[Any]]]:
+    """Name, ModelProto and inputs in order of every model: those in files, and those made for each operator."""
     data = Path(onnx.__file__).parent / "backend" / "test" / "data"
     for kind in KINDS:
-        yield from (p.parent for p in sorted((data / kind).glob(f"*{only}*/model.onnx")))
+        for path in sorted((data / kind).glob(f"*{only}*/model.onnx")):
+            files = sorted(path.parent.glob("test_data_set_0/input_*.pb"), key=_number)
+            yield path.parent.name, onnx.load(path), [_array(file) for file in files]
+    for case in collect_testcases(None):
+        if only in case.name and case.model is not None:
+            yield case.name, case.model, list(case.data_sets[0][0])
 
 
-def inputs(folder: Path, proto: Any) -> dict[str, torch.Tensor]:
-    """The inputs that ship with a model, by name; those that are no tensors are left out."""
-    held = {t.name for t in proto.graph.initializer}
-    names = [v.name for v in proto.graph.input if v.name not in held]
-    found = {}
-    for name, file in zip(names, sorted(folder.glob("test_data_set_0/input_*.pb"), key=_number), strict=False):
-        tensor = onnx.TensorProto.FromString(file.read_bytes())
-        found[name] = torch.from_numpy(np.array(onnx.numpy_helper.to_array(tensor)))
-    return found
+def _array(path: Path) -> Any:
+    """The array in a file; None for a sequence."""
+    try:
+        return onnx.numpy_helper.to_array(onnx.TensorProto.FromString(path.read_bytes()))
+    except Exception:  # noqa: BLE001  protobuf and numpy raise their own
+        return None
 
 
 def _number(path: Path) -> int:
     return int(re.findall(r"\d+", path.name)[-1])
 
 
-def run(proto: Any, feed: dict[str, torch.Tensor]) -> list[Any]:
+def inputs(proto: Any, arrays: list[Any]) -> Feed:
+    """The inputs that ship with a model, by name; none at all where one is no tensor of numbers."""
+    held = {t.name for t in proto.graph.initializer}
+    names = [v.name for v in proto.graph.input if v.name not in held]
+    try:
+        return {name: torch.from_numpy(np.array(a)) for name, a in zip(names, arrays, strict=False)}
+    except TypeError:
+        return {}
+
+
+def run(proto: Any, feed: Feed) -> list[Any]:
     """What ONNX Runtime gives."""
+    if not feed and proto.graph.input:
+        return []
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -68,18 +84,23 @@ def same_bits(a: Any, b: Any) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-def verbatim(program: Program, proto: Any, feed: dict[str, torch.Tensor]) -> bool:
-    """Whether the model comes back as it was."""
+def verbatim(program: Program, proto: Any, feed: Feed) -> str:
+    """Why the model does not come back as it was; empty if it does."""
     back = export(program)
-    return back == proto and all(same_bits(a, b) for a, b in zip(run(back, feed), run(proto, feed), strict=True))
+    if back != proto:
+        return "another file"
+    same = all(same_bits(a, b) for a, b in zip(run(back, feed), run(proto, feed), strict=True))
+    return "" if same else "other bits"
 
 
-def lowered(program: Program, feed: dict[str, torch.Tensor]) -> str:
+def lowered(program: Program, feed: Feed) -> str:
     """Why the backend does not give what the program gives; empty if it does."""
     backend = OnnxRuntime(threads=1)
     refusals = list(refusals_of(program, backend))
     if refusals:
         return re.sub(r"\d+", "N", refusals[0].reason)
+    if not feed and program.inputs:
+        return ""
     expected = program(**feed)
     with tempfile.TemporaryDirectory() as folder:
         found = backend.lower(program, Path(folder))(feed)
@@ -97,12 +118,11 @@ def main() -> None:
     options = parser.parse_args()
     counts: collections.Counter[str] = collections.Counter()
     reasons: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for folder in folders(options.only):
+    for name, proto, arrays in models(options.only):
         counts["models"] += 1
+        feed = inputs(proto, arrays)
         try:
-            proto = onnx.load(folder / "model.onnx")
-            feed = inputs(folder, proto)
-            program = frontend.capture(folder / "model.onnx", feed)
+            program = frontend.capture(proto, feed or None)
         except QCompilerError as error:
             reasons["refused"][_short(str(error))] += 1
             continue
@@ -115,14 +135,14 @@ def main() -> None:
         counts["opaque nodes"] += len(proto.graph.node) if "all" in opaque else len(opaque)
         for reason in opaque.values():
             reasons["opaque"][_short(reason)] += 1
-        for what, test in (("verbatim", lambda: verbatim(program, proto, feed)), ("lowered", None)):
+        for what in ("verbatim", "lowered"):
             try:
-                why = lowered(program, feed) if test is None else "" if test() else "differs"
+                why = lowered(program, feed) if what == "lowered" else verbatim(program, proto, feed)
             except Exception as error:  # noqa: BLE001
                 why = _short(f"{type(error).__name__}: {error}")
             counts[what] += not why
             if why:
-                reasons[f"not {what}"][f"{why} ({folder.name})" if what == "verbatim" else why] += 1
+                reasons[f"not {what}"][f"{why} ({name})" if what == "verbatim" else why] += 1
     print(dict(counts))
     write("onnx_sweep", {"counts": dict(counts)} | {name: dict(c.most_common()) for name, c in reasons.items()})
 

@@ -50,8 +50,8 @@ def select(
 
     Patterns are shell-style (`*.mlp.*`); `@head` is the layers after the last repeated block (the language-model
     head), `@body` all others, `@normed` those of the body that read the output of a norm. Raises RecipeError for a
-    pattern that matches no layer; a model without a head (norms before layers, layers at all) is refused by name instead, since
-    named recipes ask for them of every model.
+    pattern that matches no layer; a model without a head (norms before layers, layers at all) is refused by name
+    instead, since named recipes ask for them of every model.
     """
     last = mark_segments(program) - 1
     layers = program.linears() if layers is None else layers

@@ -65,9 +65,9 @@ def compile(
     """Compile a model: capture, transform and quantize by the recipe, place and lower; returns a Session.
 
     `calibration` is "self" (the model writes its own text), a text or JSONL file, an .npz file with an array for each
-    input, or a list of texts, tensors or input dicts; it is read only if the recipe needs data. `backend` None means the first that takes the program.
-    `strict` turns every refusal into an error. `journal` is a folder where long passes write down each block they
-    finish: the same call made again after a crash goes on from there.
+    input, or a list of texts, tensors or input dicts; it is read only if the recipe needs data. `backend` None means
+    the first that takes the program. `strict` turns every refusal into an error. `journal` is a folder where long
+    passes write down each block they finish: the same call made again after a crash goes on from there.
     """
     steps = Recipe.parse(recipe)
     backends = _backends(backend)

@@ -26,11 +26,10 @@ def linear(low: Lowering, out: Type, x: ir.Value, weight: ir.Value, bias: ir.Val
     """x times the transposed weight, plus bias; a stored weight that nothing else reads is written transposed."""
     assert low.node is not None
     source = schema_arguments(low.node)[1]
-    if source.op != "get_attr":
+    tied = source.op == "get_attr" and is_tied(low, source)
+    if source.op != "get_attr" or (tied and low.options.opset_only):
         product = low.op("MatMul", x, low.op("Transpose", weight, perm=[1, 0]))
-    elif is_tied(low, source) and low.options.opset_only:
-        product = low.op("MatMul", x, low.op("Transpose", weight, perm=[1, 0]))
-    elif is_tied(low, source):
+    elif tied:
         product = low.contrib("FusedMatMul", x, weight, transB=1)
     else:
         product = low.op("MatMul", x, low.transposed(str(source.target)))

@@ -29,6 +29,7 @@ from qcompiler.ops import qc
 from qcompiler.program import Input, Program, Type
 
 INTEGERS = ("bits", "ones", "zeros")  # what integer inputs are tried with
+NEWEST = 17  # what models of opsets without kernels are converted to
 WHOLE = 1e-2  # of the largest: every node was compared by itself before, and float errors grow through a deep network
 Values = dict[str, Any]  # numpy arrays by name: what ONNX Runtime takes and gives
 
@@ -55,7 +56,11 @@ def capture(source: Any, example_inputs: Any = None) -> Program:
     inputs or outputs are not tensors.
     """
     model = read(source)
-    watched = Watched(model)
+    try:
+        watched = Watched(model)
+    except InputError as refused:
+        model = raised(model, refused)
+        watched = Watched(model)
     foreign = watched.foreign()
     if foreign:
         return _whole(model, watched, foreign)
@@ -92,7 +97,7 @@ def _named(watched: "Watched", example_inputs: Any) -> Values | None:
 
 
 def _sample(value: Any, shape: Sequence[Any]) -> Any:
-    """An example input; of samples that stand along an axis in front of the input's own, or along one of size 1, one."""
+    """An example input: one of several samples, where they stand along an axis of their own or one of size 1."""
     if value.ndim == len(shape) + 1:
         return value[0]
     return value[:1] if value.ndim and shape[0] == 1 else value
@@ -188,6 +193,19 @@ class Watched:
         """The Type of every value: what ONNX Runtime infers, corrected by what was seen."""
         dtypes = {name: _dtype(spec.type) or torch.uint8 for name, spec in self.specs.items()}
         return sizes.types(self.graph, self.specs, dtypes, cases)
+
+
+def raised(model: Source, refused: InputError) -> Source:
+    """The model in a newer opset, for one so old that ONNX Runtime has no kernels; InputError if there is no way."""
+    onnx = require("onnx", "onnx")
+    version = next((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), NEWEST)
+    if version >= NEWEST or "NOT_IMPLEMENTED" not in str(refused):
+        raise refused
+    try:
+        made = onnx.version_converter.convert_version(model.complete(), NEWEST)
+    except Exception as error:  # the converter raises RuntimeErrors of many texts
+        raise InputError(f"{refused}; nor can it be converted from opset {version} to {NEWEST}") from error
+    return read(made)
 
 
 def _session(proto: Any, model: Source) -> Any:
