@@ -63,7 +63,7 @@ def inputs(proto: Any, arrays: list[Any]) -> Feed:
     names = [v.name for v in proto.graph.input if v.name not in held]
     try:
         return {name: torch.from_numpy(np.array(a)) for name, a in zip(names, arrays, strict=False)}
-    except TypeError:
+    except (TypeError, ValueError):
         return {}
 
 

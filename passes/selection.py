@@ -24,18 +24,20 @@ def layers_of(program: Program) -> list[fx.Node]:
     return [n for n in program.calls(torch.ops.aten.linear.default, qc.linear) if weight_name(n)]
 
 
-def convolutions_of(program: Program, ctx: Context) -> list[fx.Node]:
-    """All convolutions over float filters that are stored, but those with groups, which stay float.
+def convolutions_of(program: Program, ctx: Context, grouped: bool = True) -> list[fx.Node]:
+    """All convolutions over float filters that are stored; those in groups only if `grouped`.
 
-    A filter for each channel has next to no weights, and integer kernels gain nothing on it.
+    A filter for each channel multiplies next to nothing: integer kernels gain nothing on it.
     """
     found = []
     for node in program.calls(*CONVOLUTIONS):
-        filters, groups = program.tensor_of(node.args[1]), named_arguments(node)["groups"]
-        if filters is not None and groups == 1 and not named_arguments(node).get("transposed"):
+        given = named_arguments(node)
+        if program.tensor_of(given["weight"]) is None or given.get("transposed"):
+            continue
+        if given["groups"] == 1 or grouped:
             found.append(node)
-        elif filters is not None:
-            ctx.refuse(No(f"a convolution in {groups} groups, or a transposed one", _path(node)))
+        else:
+            ctx.refuse(No(f"a convolution in {given['groups']} groups gains nothing from integers", _path(node)))
     return found
 
 

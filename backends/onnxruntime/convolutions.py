@@ -1,14 +1,14 @@
 """Rules for convolutions: over floats, and over codes as QuantizeLinear and DequantizeLinear around them.
 
-ONNX Runtime makes an integer convolution of DequantizeLinear on both operands and QuantizeLinear on the result.
+ONNX Runtime makes an integer convolution of DequantizeLinear on both operands and QuantizeLinear on the result; it
+rounds the bias itself.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qcompiler.backends.onnxruntime.activations import quantizes
 from qcompiler.backends.onnxruntime.graph import Stored
@@ -34,7 +34,7 @@ def convolution(
         raise Unsupported("a transposed convolution")
     stored = filters(low)
     if not isinstance(stored, No):
-        weight, bias = decoded(low, *stored, bias)
+        weight = decoded(low, *stored)
     axes = rank(x) - 2
     pads = spread(padding, axes)
     how = {"strides": spread(stride, axes), "pads": [*pads, *pads], "dilations": spread(dilation, axes)}
@@ -55,52 +55,28 @@ def filters(low: Lowering) -> tuple[str, QTensor, tuple[int, ...]] | No:
     return name, weight, tuple(view.meta["type"].shape)
 
 
-def decoded(
-    low: Lowering, name: str, weight: QTensor, shape: tuple[int, ...], bias: ir.Value | None
-) -> tuple[ir.Value, ir.Value | None]:
-    """Filters and bias as DequantizeLinear of codes; the bias too where the input has codes, as integer kernels ask."""
+def decoded(low: Lowering, name: str, weight: QTensor, shape: tuple[int, ...]) -> ir.Value:
+    """Filters as DequantizeLinear of codes, or as floats where that cannot say what they are."""
     answer = signed(weight)
     if isinstance(answer, No):
         low.refusals.append(No(f"integer convolutions take {answer.reason}", name))
         make = lambda: weight.dequantize().view(shape)  # noqa: E731
-        return low.graph.store(f"{name}::float", Stored(shape, weight.dtype, make, f"{name}::float")), bias
+        return low.graph.store(f"{name}::float", Stored(shape, weight.dtype, make, f"{name}::float"))
     scales = row_scales(weight)
     codes = Stored(shape, torch.int8, lambda: int8_codes(weight).view(shape), f"{name}::signed")
-    scale = low.graph.store(
-        f"{name}::row scales", Stored((weight.rows,), torch.float32, lambda: scales, f"{name}::rows")
-    )
-    filters = low.op("DequantizeLinear", low.graph.store(f"{name}::signed", codes), scale, axis=0)
-    step = input_scale(low)
-    low.kernels[low.label] = "Conv over codes" if step is not None else "Conv over decoded weights"
-    return filters, bias if bias is None or step is None else rounded_bias(low, name, bias, step * scales)
-
-
-def input_scale(low: Lowering) -> Tensor | None:
-    """The scale of the codes that the node being lowered reads, if it reads static codes of 8 bits."""
-    assert low.node is not None
-    source: Any = low.node.args[0]
-    if not isinstance(source, fx.Node) or operator_name(source) != "qc.fake_quantize":
-        return None
-    if isinstance(quantizes(activation_scheme(str(source.kwargs["scheme"]))), No):
-        return None
-    grid: Sequence[fx.Node] = source.args[1]  # type: ignore[assignment]
-    return low.program.tensors[str(grid[0].target)].float().reshape(())
-
-
-def rounded_bias(low: Lowering, name: str, bias: ir.Value, scales: Tensor) -> ir.Value:
-    """A stored bias as int32 steps of the products' scales, which changes it by less than a product is rounded."""
-    assert low.node is not None
-    stored = low.program.tensor_of(schema_arguments(low.node)[2])
-    if stored is None:
-        return bias
-    steps = (stored.double() / scales.double()).round()
-    if not bool((steps.abs() < 2**31).all()):
-        low.refusals.append(No("its bias has no 32-bit code", name))
-        return bias
-    made = Stored(tuple(stored.shape), torch.int32, lambda: steps.to(torch.int32), f"{name}::bias")
-    scale = Stored(tuple(scales.shape), torch.float32, lambda: scales, f"{name}::bias scales")
-    parts = (low.graph.store(f"{name}::bias", made), low.graph.store(f"{name}::bias scales", scale))
+    rows = Stored((weight.rows,), torch.float32, lambda: scales, f"{name}::rows")
+    low.kernels[low.label] = "Conv over codes" if reads_codes(low) else "Conv over decoded weights"
+    parts = low.graph.store(f"{name}::signed", codes), low.graph.store(f"{name}::row scales", rows)
     return low.op("DequantizeLinear", *parts, axis=0)
+
+
+def reads_codes(low: Lowering) -> bool:
+    """Whether the node being lowered reads static codes of 8 bits."""
+    assert low.node is not None
+    source = low.node.args[0]
+    if not isinstance(source, fx.Node) or operator_name(source) != "qc.fake_quantize":
+        return False
+    return bool(quantizes(activation_scheme(str(source.kwargs["scheme"]))))
 
 
 RULES: dict[str, Rule] = dict.fromkeys(["aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"], convolution)

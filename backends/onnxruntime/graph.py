@@ -109,10 +109,11 @@ class Graph:
             self.stored[name] = (value, tensor)
         return self.stored[name][0]
 
-    def adopt(self, value: ir.Value) -> None:
-        """An initializer of another graph, written into the model file."""
-        value.name = self.unique(str(value.name))
-        self.constants["adopted", value.name] = value
+    def adopt(self, value: ir.Value) -> ir.Value:
+        """The same as an initializer of another graph, written into the model file."""
+        name = self.unique(str(value.name))
+        self.constants["adopted", name] = ir.val(name, const_value=value.const_value)
+        return self.constants["adopted", name]
 
     def input(self, name: str, kind: Type) -> ir.Value:
         """A graph input."""

@@ -31,8 +31,7 @@ def verbatim(
     low.graph.functions |= model.functions
     outputs = [_given(value, own_inputs, inputs) for value in model.graph.outputs]
     for value in list(model.graph.initializers.values()):
-        del model.graph.initializers[str(value.name)]
-        low.graph.adopt(value)
+        ir.convenience.replace_all_uses_with(value, low.graph.adopt(value))
     model.graph.outputs.clear()
     for node in list(model.graph):
         model.graph.remove(node)
