@@ -27,9 +27,14 @@ class Model:
     """An ONNX model of a package: where it is, and `count` inputs for it made from a seed."""
 
     name: str
-    package: str
+    package: str  # as it is installed; `module` as it is found
     path: Callable[[], Path]
     inputs: Callable[[int, int], Arrays]
+
+    @property
+    def module(self) -> str:
+        """The package's name as a module."""
+        return self.package.replace("-", "_")
 
 
 def in_package(package: str, file: str) -> Path:
@@ -74,7 +79,7 @@ def export_encoder(model: Any, path: Path) -> None:
     ids, names = torch.ones(2, 9, dtype=torch.int64), ["input_ids", "attention_mask", "token_type_ids"]
     axes = {key: {0: "batch", 1: "sequence"} for key in [*names, "last_hidden_state"]}
     torch.onnx.export(
-        Encoder(), (ids, ids, 0 * ids), path, dynamo=False, opset_version=17,
+        Encoder().eval(), (ids, ids, 0 * ids), path, dynamo=False, opset_version=17,
         input_names=names, output_names=["last_hidden_state"], dynamic_axes=axes,
     )  # fmt: skip
 

@@ -52,7 +52,7 @@ class Activations(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         activation_scheme(str(self.scheme))
-        images = convolutions_of(program, ctx, grouped=False) if self.convolutions else []
+        images = convolutions_of(program, ctx) if self.convolutions else []
         chosen = select(program, self.include, self.exclude, ctx, layers_of(program) + images)
         images = [node for node in images if node in chosen]
         for node in [n for n in chosen if n.all_input_nodes[0].target is qc.fake_quantize]:

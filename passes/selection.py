@@ -24,17 +24,18 @@ def layers_of(program: Program) -> list[fx.Node]:
     return [n for n in program.calls(torch.ops.aten.linear.default, qc.linear) if weight_name(n)]
 
 
-def convolutions_of(program: Program, ctx: Context, grouped: bool = True) -> list[fx.Node]:
-    """All convolutions over float filters that are stored; those in groups only if `grouped`.
+def convolutions_of(program: Program, ctx: Context) -> list[fx.Node]:
+    """All convolutions over float filters that are stored, but those in groups, which stay float.
 
-    A filter for each channel multiplies next to nothing: integer kernels gain nothing on it.
+    A filter for each channel has few weights and multiplies next to nothing: decoding it at each run costs more than
+    an integer kernel gains.
     """
     found = []
     for node in program.calls(*CONVOLUTIONS):
         given = named_arguments(node)
         if program.tensor_of(given["weight"]) is None or given.get("transposed"):
             continue
-        if given["groups"] == 1 or grouped:
+        if given["groups"] == 1:
             found.append(node)
         else:
             ctx.refuse(No(f"a convolution in {given['groups']} groups gains nothing from integers", _path(node)))

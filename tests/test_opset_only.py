@@ -12,12 +12,12 @@ from qcompiler.program import Program
 from qcompiler.recipe import Recipe
 from tests.programs import tiny_encoder, tiny_llama
 
-onnx = pytest.importorskip("onnx", reason="the extra [onnx] is not installed")
 pytest.importorskip("onnxruntime", reason="the extra [onnx] is not installed")
 
-reference = pytest.importorskip("onnx.reference")
 from qcompiler.backends.onnxruntime import OnnxRuntime
 
+onnx = pytest.importorskip("onnx", reason="the extra [onnx] is not installed")
+reference = pytest.importorskip("onnx.reference")
 STANDARD = OnnxRuntime(opset_only=True, threads=1)
 IDS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
 
