@@ -3,7 +3,7 @@
 ONNX Runtime makes MatMulNBits of them again; what is written is the same codes, scales and zero points.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import onnx_ir as ir
 import torch
@@ -23,7 +23,10 @@ def decoded(low: Lowering, cut: Blockwise, transposed: bool) -> ir.Value:
     """The floats of a weight without minima, [columns, rows] if transposed, else [rows, columns]."""
     columns, rows, bits = cut.weight.columns, cut.weight.rows, max(cut.bits, 4)
     signs = cut.weight.zero is None
-    turn = (lambda t: t.t()) if transposed else (lambda t: t)
+
+    def turn(values: Tensor) -> Tensor:
+        return values.t() if transposed else values
+
     shape, groups = (columns, rows)[:: 1 if transposed else -1], (cut.count, rows)[:: 1 if transposed else -1]
     name, scales = f"{cut.name}::{'T' if transposed else 'rows'}", cut.scales()
     side = Stored(groups, torch.float32, lambda: turn(scales.make()).contiguous(), f"{name}:scales")
@@ -47,7 +50,7 @@ def _codes(cut: Blockwise) -> Tensor:
     return codes
 
 
-def _packed(make: Any, shape: tuple[int, ...], bits: int, signs: bool, key: str) -> Stored:
+def _packed(make: Callable[[], Tensor], shape: tuple[int, ...], bits: int, signs: bool, key: str) -> Stored:
     """Codes as an ONNX tensor of 4 or 8 bits, two of 4 a byte."""
 
     def tensor() -> Tensor:
