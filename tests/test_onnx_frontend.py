@@ -344,7 +344,7 @@ def test_models_that_ship_with_onnx() -> None:
         if original.opset_import[0].version > 6:  # for older ones ONNX Runtime has few kernels: they are converted
             assert export(program) == original, folder
         passed += 1
-    assert passed > 75
+    assert passed > 60
 
 
 # -- files that are not to be trusted ------------------------------------------------------------------------

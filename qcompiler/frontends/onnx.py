@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.errors import CaptureError, InputError, No, require
+from qcompiler.frontends import onnx_opset
 from qcompiler.frontends import onnx_sizes as sizes
 from qcompiler.frontends.onnx_graph import Builder, Call
 from qcompiler.frontends.onnx_model import DTYPES, Source, filled, read, stored_name
@@ -29,7 +30,6 @@ from qcompiler.ops import qc
 from qcompiler.program import Input, Program, Type
 
 INTEGERS = ("bits", "ones", "zeros")  # what integer inputs are tried with
-NEWEST = 17  # what models of opsets without kernels are converted to
 WHOLE = 1e-2  # of the largest: every node was compared by itself before, and float errors grow through a deep network
 Values = dict[str, Any]  # numpy arrays by name: what ONNX Runtime takes and gives
 
@@ -59,8 +59,10 @@ def capture(source: Any, example_inputs: Any = None) -> Program:
     try:
         watched = Watched(model)
     except InputError as refused:
-        model = raised(model, refused)
+        old, why, model = model, refused, onnx_opset.raised(model, refused)
         watched = Watched(model)
+        onnx_opset.check(old, watched.cases(_named(watched, example_inputs)), why)
+        watched.tried.clear()
     foreign = watched.foreign()
     if foreign:
         return _whole(model, watched, foreign)
@@ -193,19 +195,6 @@ class Watched:
         """The Type of every value: what ONNX Runtime infers, corrected by what was seen."""
         dtypes = {name: _dtype(spec.type) or torch.uint8 for name, spec in self.specs.items()}
         return sizes.types(self.graph, self.specs, dtypes, cases)
-
-
-def raised(model: Source, refused: InputError) -> Source:
-    """The model in a newer opset, for one so old that ONNX Runtime has no kernels; InputError if there is no way."""
-    onnx = require("onnx", "onnx")
-    version = next((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), NEWEST)
-    if version >= NEWEST or "NOT_IMPLEMENTED" not in str(refused):
-        raise refused
-    try:
-        made = onnx.version_converter.convert_version(model.complete(), NEWEST)
-    except Exception as error:  # the converter raises RuntimeErrors of many texts
-        raise InputError(f"{refused}; nor can it be converted from opset {version} to {NEWEST}") from error
-    return read(made)
 
 
 def _session(proto: Any, model: Source) -> Any:
