@@ -93,7 +93,7 @@ def matmul_nbits(low: Lowering, cut: Blockwise, x: ir.Value, bias: ir.Value | No
         product = low.op("MatMul", x, standard.decoded(low, cut, transposed=True))
         return product if bias is None else low.op("Add", product, bias)
     zeros = cut.zeros()
-    product = low.contrib(
+    fused: ir.Value = low.contrib(
         "MatMulNBits",
         x,
         low.graph.store(f"{cut.name}::blocks", cut.codes(cut.weight.rows, cut.count, cut.blob)),
@@ -107,7 +107,7 @@ def matmul_nbits(low: Lowering, cut: Blockwise, x: ir.Value, bias: ir.Value | No
         block_size=cut.block,
         accuracy_level=low.options.accuracy_level,
     )
-    return product
+    return fused
 
 
 def group_sums(low: Lowering, cut: Blockwise, x: ir.Value) -> ir.Value:

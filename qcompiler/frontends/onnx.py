@@ -374,7 +374,7 @@ def _whole(model: Source, watched: Watched, reason: str) -> Program:
     program.inputs = tuple(Input(name, types[name]) for name in watched.inputs)
     data = bytearray(model.complete().SerializeToString())
     program.tensors["onnx.model"] = torch.frombuffer(data, dtype=torch.uint8)
-    how = {"op": "model", "dtype": torch.float32}
+    how: dict[str, Any] = {"op": "model", "dtype": torch.float32}
     call = program.graph.call_function(qc.onnx, (program.get("onnx.model"), values), how)
     call.meta["type"] = tuple(types[name] for name in watched.outputs)
     items = []

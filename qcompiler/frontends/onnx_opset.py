@@ -12,7 +12,7 @@ NEWEST = 17  # what they are converted to
 
 
 def raised(model: Source, refused: InputError) -> Source:
-    """The model in a newer opset; `refused`, which ONNX Runtime said of it, if it is not too old or has no such form."""
+    """The model in a newer opset; raises `refused`, what ONNX Runtime said of it, where there is no such form."""
     onnx = require("onnx", "onnx")
     version = next((o.version for o in model.proto.opset_import if o.domain in ("", "ai.onnx")), NEWEST)
     if version >= NEWEST or "NOT_IMPLEMENTED" not in str(refused):
