@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +76,20 @@ def made(model: Model, folder: Path, calibration: Arrays) -> dict[str, Any]:
         one = compile(model.path(), recipe, calibration=folder / "calibration.npz", backend="onnxruntime")
         one.save(folder / recipe)
         found[name] = folder / recipe / "model.onnx"
-    source = model.path()
-    try:
-        quantization.shape_inference.quant_pre_process(source, folder / "prepared.onnx", skip_symbolic_shape=True)
-        source = folder / "prepared.onnx"
-    except Exception:  # noqa: BLE001  its own advice; where it fails the model is taken as it is
-        pass
+    prepared = folder / "prepared.onnx"
+    with suppress(Exception):  # its own advice; where that fails the model is taken as it is
+        quantization.shape_inference.quant_pre_process(model.path(), prepared, skip_symbolic_shape=True)
     ways = {"onnxruntime: static QDQ": _static, "onnxruntime: dynamic": _dynamic}
     for name, way in ways.items():
-        place = folder / f"{way.__name__}.onnx"
-        try:
-            way(source, place, list(samples(calibration, session(model.path()))))
-            session(place)
-            found[name] = place
-        except Exception as error:  # noqa: BLE001  whatever stops it is what the table says
-            found[name] = f"{type(error).__name__}: {str(error)[:120]}"
+        for source in (prepared, model.path()):
+            place = folder / f"{way.__name__}.onnx"
+            try:
+                way(source, place, list(samples(calibration, session(model.path()))))
+                session(place)
+                found[name] = place
+                break
+            except Exception as error:  # noqa: BLE001  whatever stops it is what the table says
+                found[name] = f"fails: {type(error).__name__}"
     return found
 
 
