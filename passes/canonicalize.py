@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qcompiler.passes.patterns import activations, attention, linear, norms, rotary
+from qcompiler.passes.patterns import activations, attention, convolutions, linear, norms, rotary
 from qcompiler.passes.patterns.simplify import fold_constants, merge_equal, simplify
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
@@ -29,7 +29,7 @@ class Canonicalize(Pass):
         fired += apply(program, linear.RULES, ctx.refuse)
         tidy(program)
         fold_constants(program)
-        for rules in (norms.RULES, activations.RULES, rotary.rules(program), attention.RULES):
+        for rules in (convolutions.RULES, norms.RULES, activations.RULES, rotary.rules(program), attention.RULES):
             fired += apply(program, rules, ctx.refuse)
             tidy(program)
         attention.ungroup(program)

@@ -44,10 +44,19 @@ def groups(program: Program) -> list[list[fx.Node]]:
     """Linear layers that share input and module, two or more each, in graph order."""
     found: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in layers_of(program):
-        # Siblings are told apart by the last word but one, `q_proj` in `self_attn.q_proj.weight`.
-        words = weight_name(node).split(".")
-        found.setdefault((node.args[0], *words[:-2], words[-1]), []).append(node)
+        found.setdefault((node.args[0], *_family(program, node)), []).append(node)
     return [nodes for nodes in found.values() if len(nodes) > 1]
+
+
+def _family(program: Program, node: fx.Node) -> list[str]:
+    """What siblings have in common: all words but one of their names, or of their paths where names say nothing.
+
+    They are told apart by the last word but one: `q_proj` in `self_attn.q_proj.weight` or in `self_attn/q_proj/MatMul`.
+    """
+    if program.info.get("frontend") == "onnx":
+        return str(node.meta.get("path", "")).split("/")[:-2] or [weight_name(node)]
+    words = weight_name(node).split(".")
+    return [*words[:-2], words[-1]]
 
 
 def may_fuse(program: Program, siblings: Sequence[fx.Node]) -> Any:
@@ -184,6 +193,8 @@ def joined_name(names: Sequence[str]) -> str:
     'a.query_key.weight'
     """
     rows = [name.split(".") for name in names]
+    if len({len(row) for row in rows}) > 1:
+        return "+".join(names)
     return ".".join(joined_word(words) for words in zip(*rows, strict=True))
 
 

@@ -3,19 +3,27 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
+from qcompiler.axis_convolutions import CONVOLUTIONS
 from qcompiler.errors import No
-from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
+from qcompiler.passes.selection import BODY, check_coverage, convolutions_of, select
 from qcompiler.pipeline import Context, Contract, Pass
-from qcompiler.program import Program
+from qcompiler.program import Program, Type
 from qcompiler.report import LayerRecord
 from qcompiler.scheme import QTensor, Scheme
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Rtn(Pass):
-    """Round each weight of the selected linear layers to the nearest code of its group's minimum-maximum grid."""
+    """Round each weight of the selected linear layers to the nearest code of its group's minimum-maximum grid.
+
+    With `convolutions` also those of convolutions, whose filters [n, ...] are rounded as matrices [n, all the rest],
+    and with `embeddings` the tables that are looked up.
+    """
 
     name: ClassVar[str] = "rtn"
     contract: ClassVar[Contract] = Contract.LOSSY
@@ -24,10 +32,18 @@ class Rtn(Pass):
     include: tuple[str, ...] = (BODY,)
     exclude: tuple[str, ...] = ()
     min_coverage: float = 1.0
+    convolutions: bool = False
+    embeddings: bool = False
 
     def run(self, program: Program, ctx: Context) -> None:
-        layers = select(program, self.include, self.exclude, ctx)
-        names = dict.fromkeys(weight_name(node) for node in layers)
+        layers = program.linears()
+        layers += convolutions_of(program, ctx) if self.convolutions else []
+        layers = select(program, self.include, self.exclude, ctx, layers)
+        for node in layers:
+            if node.target in CONVOLUTIONS:
+                as_matrix(program, node)
+        names = dict.fromkeys(map(weight_of, layers))
+        names |= dict.fromkeys(tables(program) if self.embeddings else [])
         done = 0
         for name in names:
             weight = program.tensors[name]
@@ -39,6 +55,33 @@ class Rtn(Pass):
             program.quantize_tensor(name, q)
             done += 1
         check_coverage(len(names), done, self.min_coverage)
+
+
+def as_matrix(program: Program, node: fx.Node) -> None:
+    """Store a convolution's filters [n, ...] as a matrix, of which the convolution reads a view."""
+    source = node.args[1]
+    assert isinstance(source, fx.Node)
+    filters = program.tensors[str(source.target)]
+    with program.graph.inserting_before(node):
+        matrix = program.store(f"{source.target}.matrix", filters.flatten(1), like=node)
+        kind = Type(tuple(filters.shape), filters.dtype)
+        view = program.call(aten.reshape.default, (matrix, list(filters.shape)), like=node, type=kind)
+    node.update_arg(1, view)
+
+
+def weight_of(node: fx.Node) -> str:
+    """The name of the stored matrix that a layer, or the view that it reads, stands on."""
+    source = node.args[1]
+    if isinstance(source, fx.Node) and source.target is aten.reshape.default:
+        source = source.args[0]
+    assert isinstance(source, fx.Node)
+    return str(source.target)
+
+
+def tables(program: Program) -> list[str]:
+    """The names of the float tables that embeddings look up."""
+    found = (node.args[0] for node in program.calls(aten.embedding.default))
+    return [str(source.target) for source in found if program.tensor_of(source) is not None]  # type: ignore[union-attr]
 
 
 def layer_record(name: str, weight: Tensor, q: QTensor, method: str, output_error: float | None = None) -> LayerRecord:

@@ -6,19 +6,40 @@ from fnmatch import fnmatchcase
 import torch
 from torch import fx
 
+from qcompiler.axis_convolutions import CONVOLUTIONS
 from qcompiler.calibration import mark_segments
 from qcompiler.errors import ContractError, No, RecipeError
 from qcompiler.ops import qc
 from qcompiler.pipeline import Context
 from qcompiler.program import Program
+from qcompiler.rewrite import named_arguments
 
 BODY, HEAD, NORMED = "@body", "@head", "@normed"
+_ABSENT = {BODY: "is there at all", HEAD: "follows the repeated blocks", NORMED: "reads the output of a norm"}
 NORMS = (torch.ops.aten.rms_norm.default, torch.ops.aten.layer_norm.default)
 
 
 def layers_of(program: Program) -> list[fx.Node]:
     """All linear layers whose weight is stored, float or quantized."""
     return [n for n in program.calls(torch.ops.aten.linear.default, qc.linear) if weight_name(n)]
+
+
+def convolutions_of(program: Program, ctx: Context) -> list[fx.Node]:
+    """All convolutions over float filters that are stored, but those in groups, which stay float.
+
+    A filter for each channel has few weights and multiplies next to nothing: decoding it at each run costs more than
+    an integer kernel gains.
+    """
+    found = []
+    for node in program.calls(*CONVOLUTIONS):
+        given = named_arguments(node)
+        if program.tensor_of(given["weight"]) is None or given.get("transposed"):
+            continue
+        if given["groups"] == 1:
+            found.append(node)
+        else:
+            ctx.refuse(No(f"a convolution in {given['groups']} groups gains nothing from integers", _path(node)))
+    return found
 
 
 def select(
@@ -32,17 +53,16 @@ def select(
 
     Patterns are shell-style (`*.mlp.*`); `@head` is the layers after the last repeated block (the language-model
     head), `@body` all others, `@normed` those of the body that read the output of a norm. Raises RecipeError for a
-    pattern that matches no layer; a model without a head (or norms before layers) is refused by name instead, since
-    named recipes ask for them of every model.
+    pattern that matches no layer; a model without a head (norms before layers, layers at all) is refused by name
+    instead, since named recipes ask for them of every model.
     """
     last = mark_segments(program) - 1
     layers = program.linears() if layers is None else layers
     for pattern in (*include, *exclude):
         if any(_matches(node, pattern, last) for node in layers):
             continue
-        if pattern in (HEAD, NORMED):
-            why = "follows the repeated blocks" if pattern == HEAD else "reads the output of a norm"
-            ctx.refuse(No(f"no linear layer {why}", pattern))
+        if pattern in _ABSENT and (pattern != BODY or not layers):
+            ctx.refuse(No(f"no linear layer {_ABSENT[pattern]}", pattern))
         else:
             paths = sorted({_path(node) for node in layers})
             shown = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")

@@ -149,3 +149,20 @@ class Pair(Statistic):
 
     def done(self, state: tuple[Any, Any]) -> tuple[Any, Any]:
         return self.first.done(state[0]), self.second.done(state[1])
+
+
+@dataclass(frozen=True)
+class Along(Statistic):
+    """Another statistic, of channels that are not the last axis: those of images [batch, channels, height, width]."""
+
+    inner: Statistic
+    axis: int = 1
+
+    def start(self) -> Any:
+        return self.inner.start()
+
+    def step(self, state: Any, x: Tensor) -> Any:
+        return self.inner.step(state, x)
+
+    def done(self, state: Any) -> Any:
+        return self.inner.done(state)

@@ -31,7 +31,7 @@ def analyze(program: Program, kind: Kind) -> Axes:
             rule = RULES.get(node.target, Axes.unknown)
             try:
                 axes.env[node] = rule(axes, node)
-            except RuntimeError:  # shapes that the rule was not made for: fixed, never guessed
+            except (RuntimeError, IndexError):  # shapes that the rule was not made for: fixed, never guessed
                 axes.env[node] = axes.unknown(node, f"{target_name(node.target)} has shapes without a rule")
         else:
             axes.fix([axes.env[n] for n in node.all_input_nodes], "the program returns it", node)
@@ -133,6 +133,11 @@ def chosen(axes: Axes, node: fx.Node) -> Any:
 def number(axes: Axes, node: fx.Node) -> Any:
     """A size or another plain number."""
     return None
+
+
+def shape_read(axes: Axes, node: fx.Node) -> Any:
+    """The sizes of a value: its channels are not looked at."""
+    return settled(axes.type_of(node))
 
 
 def linear_map(axes: Axes, node: fx.Node) -> Any:
@@ -461,6 +466,7 @@ RULES: dict[Any, Rule] = {
     aten.sum.dim_IntList: reduced,
     aten.amax.default: largest,
     aten.sym_size.int: number,
+    aten._shape_as_tensor.default: shape_read,
     aten.linear.default: linear,
     aten.embedding.default: embedding,
     aten.layer_norm.default: norm,

@@ -25,6 +25,7 @@ class Statistic(abc.ABC):
     """Something to measure over calibration data, written as a fold; subclasses are frozen dataclasses."""
 
     heads: bool = False  # values [batch, heads, tokens, d] are rows [tokens, heads * d]
+    axis: int = -1  # where the channels of a value are
 
     @abc.abstractmethod
     def start(self) -> Any:
@@ -78,7 +79,7 @@ def mark_segments(program: Program) -> int:
     return index + 1
 
 
-_NUMBERED = re.compile(r"^(.*?)\.(\d+)(?:\.|$)")
+_NUMBERED = re.compile(r"^(.*?)\.(\d+)(?:[./]|$)")  # ONNX exporters write paths: /encoder/layer.0/attention/MatMul
 
 
 def _stacks(program: Program) -> set[str]:
@@ -162,7 +163,7 @@ def _measure(
         def watch(node: fx.Node, value: Any, sample: Sample = sample) -> None:
             for key in states:
                 if key[0] is node:
-                    states[key] = key[1].step(states[key], _rows(value, sample, key[1].heads))
+                    states[key] = key[1].step(states[key], _rows(value, sample, key[1]))
 
         for node in list(env):  # values that earlier segments made
             watch(node, env[node])
@@ -180,9 +181,11 @@ def _arguments(node: fx.Node) -> Iterator[tuple[str, Any]]:
     yield from ((f"{node.name}:{i}", argument) for i, argument in enumerate(node.args))
 
 
-def _rows(value: Tensor, sample: Sample, heads: bool) -> Tensor:
+def _rows(value: Tensor, sample: Sample, statistic: Statistic) -> Tensor:
     """A value [batch, tokens, channels] (or by heads) as rows [tokens, channels], without those of padding tokens."""
-    if heads:
+    if statistic.axis != -1:
+        value = value.movedim(statistic.axis, -1)
+    if statistic.heads:
         value = value.transpose(1, 2).flatten(2)
     real = sample.get("attention_mask")
     if real is not None and real.shape == value.shape[:-1] and not bool((real != 0).all()):

@@ -61,11 +61,14 @@ def compile_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; one qcompiler wrote is replaced.")],
     recipe: RecipeText = DEFAULT_RECIPE,
     calibration: Annotated[
-        str, typer.Option(help="A text or JSONL file, or self: the model writes its own text.")
+        str, typer.Option(help="A text, JSONL or .npz file (arrays), or self: the model writes its own text.")
     ] = "self",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
+    samples: Annotated[int, typer.Option(help="Calibration sequences, or samples.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 256,
     backend: BackendName = None,
+    opset_only: Annotated[
+        bool, typer.Option("--opset-only", help="Write operators of the ONNX standard only, for other runtimes.")
+    ] = False,
     seed: Seed = 0,
     strict: Annotated[bool, typer.Option("--strict", help="Make every refusal an error.")] = False,
     as_json: Json = False,
@@ -75,12 +78,12 @@ def compile_command(
     The same command after a crash goes on after the last block that was finished.
     """
     from qcompiler.compiler import compile
-    from qcompiler.data import Calibration, read_texts
+    from qcompiler.data import Calibration, check_source
 
     _check_out(out)
     Calibration(calibration, samples, length)
     if calibration != "self":
-        next(read_texts(Path(calibration)))  # complain now, not after the capture
+        check_source(Path(calibration))  # complain now, not after the capture
     source = resolve(model)
     journal = out.resolve().parent / f".{out.name}.journal"
     with Reporter() as progress:
@@ -91,7 +94,7 @@ def compile_command(
             calibration=calibration,
             samples=samples,
             length=length,
-            backend=backend,
+            backend=_standard_only(backend) if opset_only else backend,
             seed=seed,
             strict=strict,
             example_inputs=source.example_inputs,
@@ -342,6 +345,17 @@ def demo(
 
     _check_out(out)
     Console().print(run(out, recipe))
+
+
+def _standard_only(backend: str | None) -> Any:
+    """The backend that writes ONNX, asked for operators of the standard; InputError for one that writes none."""
+    from qcompiler.plugins import lookup
+
+    chosen = backend or "onnxruntime"
+    kind = lookup("backends", chosen)
+    if not hasattr(kind, "opset_only"):
+        raise InputError(f'--opset-only is for the backend "onnxruntime"; "{chosen}" writes no ONNX file')
+    return kind(opset_only=True)
 
 
 cli_formats.add_to(app)

@@ -65,10 +65,10 @@ def compile(
 ) -> Session:
     """Compile a model: capture, transform and quantize by the recipe, place and lower; returns a Session.
 
-    `calibration` is "self" (the model writes its own text), a text or JSONL file, or a list of texts, tensors or
-    input dicts; it is read only if the recipe needs data. `backend` None means the first that takes the program.
-    `strict` turns every refusal into an error. `journal` is a folder where long passes write down each block they
-    finish: the same call made again after a crash goes on from there.
+    `calibration` is "self" (the model writes its own text), a text or JSONL file, an .npz file with an array for each
+    input, or a list of texts, tensors or input dicts; it is read only if the recipe needs data. `backend` None means
+    the first that takes the program. `strict` turns every refusal into an error. `journal` is a folder where long
+    passes write down each block they finish: the same call made again after a crash goes on from there.
     """
     steps = Recipe.parse(recipe)
     backends = _backends(backend)
@@ -76,12 +76,14 @@ def compile(
     report = Report(_name(model), steps.name or str(steps), seed=seed, versions=versions())
     context = Context(seed=seed, journal=Journal(Path(journal) if journal else None))
     context.progress = progress or context.progress
+    if example_inputs is None:
+        example_inputs = data.examples(calibration)
     with _stage(report, "capture"):
         program = capture(model, example_inputs)
         tokenizer = tokenizer_of(program)
     report.captured = {k: v for k, v in program.info.items() if isinstance(v, (str, int, float, bool))}
     report.sizes_mb["float"] = program.nbytes / 1e6
-    runner = Runner(context, data.check_samples(program, seed))
+    runner = Runner(context, data.check_samples(program, seed, example_inputs))
     report.passes = runner.records
     before_data = list(takewhile(lambda step: not step.uses_data, steps.passes))
     with _stage(report, "passes"):

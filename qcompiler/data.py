@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompiler import arrays
 from qcompiler.calibration import Sample
 from qcompiler.errors import InputError
 from qcompiler.program import Input, Program
 
 TOKENS_PER_BATCH = 2048
 SELF = "self"
+ARRAYS = ".npz"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def load(
     if isinstance(source, str) and source == SELF:
         ids = write_text(program, calibration, progress)
         return _batches(list(ids), program)
+    if isinstance(source, (str, Path)) and Path(source).suffix == ARRAYS:
+        return arrays.samples(arrays.read(Path(source)), program, calibration.samples)
     if isinstance(source, (str, Path)):
         source = list(read_texts(Path(source)))
     if not isinstance(source, Sequence) or not source:
@@ -67,6 +71,21 @@ def load(
             return [{name: entry} for entry in source[: calibration.samples]]
         return _batches(rows[: calibration.samples], program)
     return _batches(_windows(source, calibration, tokenizer), program)
+
+
+def check_source(path: Path) -> None:
+    """InputError for a calibration file that is missing, empty or unreadable."""
+    if path.suffix == ARRAYS:
+        arrays.read(path)
+    else:
+        next(read_texts(path))
+
+
+def examples(source: Any) -> dict[str, Tensor] | None:
+    """Example inputs from calibration data that name the inputs: the first two samples of arrays, or None."""
+    if not isinstance(source, (str, Path)) or Path(source).suffix != ARRAYS:
+        return None
+    return {name: array[:2] for name, array in arrays.read(Path(source)).items()}
 
 
 def read_texts(path: Path) -> Iterator[str | list[int]]:
@@ -154,10 +173,22 @@ def write_text(
     return ids
 
 
-def check_samples(program: Program, seed: int = 0) -> list[Sample]:
-    """Small random inputs on which contracts are checked: two sizes, the second with left padding where it exists."""
+def check_samples(program: Program, seed: int = 0, examples: Any = None) -> list[Sample]:
+    """Small random inputs on which contracts are checked: two sizes, the second with left padding where it exists.
+
+    `examples` (tensors by name) take their place for a model whose front end says what it tried (`info["tried"]`):
+    noise is no fair test of a network that was made for images. Without them the sizes are those it tried.
+    """
     random = torch.Generator().manual_seed(seed)
     found: list[Sample] = []
+    tried = program.info.get("tried")
+    if tried is not None and isinstance(examples, Mapping):
+        exact = all(examples[i.name].dim() == i.type.rank for i in program.inputs)
+        return [dict(examples)] if exact else arrays.samples(examples, program, most=1)
+    if tried is not None:
+        return [
+            {i.name: _random(program, i, sizes, random, integers) for i in program.inputs} for sizes, integers in tried
+        ]
     for batch, length in ((2, 19), (1, 11)):
         sizes = {"batch": batch, "sequence": length}
         sample = {i.name: _random(program, i, sizes, random) for i in program.inputs if not i.default}
@@ -170,10 +201,14 @@ def check_samples(program: Program, seed: int = 0) -> list[Sample]:
     return found
 
 
-def _random(program: Program, spec: Input, sizes: Mapping[str, int], random: torch.Generator) -> Tensor:
+def _random(
+    program: Program, spec: Input, sizes: Mapping[str, int], random: torch.Generator, integers: str = "bits"
+) -> Tensor:
     shape = [size if isinstance(size, int) else sizes.get(size, 5) for size in spec.type.shape]
     if spec.type.dtype == torch.bool:
         return torch.ones(shape, dtype=torch.bool)
     if spec.type.dtype.is_floating_point:
         return torch.randn(shape, generator=random).to(spec.type.dtype)
+    if integers != "bits":
+        return torch.full(shape, int(integers == "ones"), dtype=spec.type.dtype)
     return torch.randint(0, int(program.info.get("vocab_size") or 2), shape, generator=random, dtype=spec.type.dtype)

@@ -58,7 +58,7 @@ SCHEMAS = {
     "linear": "(Tensor x, Tensor[] parts, Tensor? bias=None, *, str spec) -> Tensor",
     "integer_linear": "(Tensor x, Tensor[] parts, Tensor[] grid, Tensor? bias=None, *, str spec, str scheme) -> Tensor",
     "embedding": "(Tensor ids, Tensor[] parts, *, str spec) -> Tensor",
-    "onnx": "(Tensor model, Tensor[] inputs, *, str op) -> Tensor[]",
+    "onnx": "(Tensor model, Tensor[] inputs, *, str op, ScalarType? dtype=None) -> Tensor[]",
 }
 
 
@@ -114,16 +114,24 @@ def embedding(ids: Tensor, parts: Sequence[Tensor], *, spec: str) -> Tensor:
     return weight.take(flat).dequantize().view(*ids.shape, weight.columns).clone()
 
 
-def onnx(model: Tensor, inputs: Sequence[Tensor], *, op: str) -> list[Tensor]:
+def onnx(model: Tensor, inputs: Sequence[Tensor], *, op: str, dtype: torch.dtype | None = None) -> list[Tensor]:
     """The outputs of an ONNX model, given as its serialized bytes (uint8), for its inputs in order.
 
-    `op` is the name of the operator in it, for the reader. The session is kept as long as the program uses it.
+    `op` is the name of the operator in it, for the reader. With `dtype` float64 (a program that is run in double
+    precision names it so) floats are narrowed to what the model takes, and those that it gives widened. The session
+    is kept as long as the program uses it.
     """
-    session = _session(bytes(model.numpy()))
-    feed = {spec.name: value.numpy() for spec, value in zip(session.get_inputs(), inputs, strict=True)}
+    session, wide = _session(bytes(model.numpy())), dtype == torch.float64
+    feed = {}
+    for spec, value in zip(session.get_inputs(), inputs, strict=True):
+        kind = _FLOATS.get(spec.type, value.dtype) if wide else value.dtype
+        feed[spec.name] = value.to(kind).numpy()
     # A dtype made from its text: ONNX Runtime's own uint64 has a type number that torch refuses.
-    found = map(np.asarray, session.run(None, feed))
-    return [torch.from_numpy(value.view(value.dtype.str)) for value in found]
+    found = [torch.from_numpy(value.view(value.dtype.str)) for value in map(np.asarray, session.run(None, feed))]
+    return [value.double() if wide and value.is_floating_point() else value for value in found]
+
+
+_FLOATS = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -189,7 +197,7 @@ def _fake_embedding(ids, parts, *, spec):  # type: ignore[no-untyped-def]
     return ids.new_empty((*ids.shape, weight.shape[-1]), dtype=weight.dtype)
 
 
-def _fake_onnx(model, inputs, *, op):  # type: ignore[no-untyped-def]
+def _fake_onnx(model, inputs, *, op, dtype=None):  # type: ignore[no-untyped-def]
     raise QCompilerError(f"the shapes that the ONNX operator {op} gives are known only by running it")
 
 

@@ -463,5 +463,7 @@ def _has_effect(node: fx.Node) -> bool:
 def _tensor_digest(tensor: Tensor) -> bytes:
     """A hash of a tensor's dtype, shape and bytes."""
     digest = hashlib.blake2b(f"{tensor.dtype}{list(tensor.shape)}".encode(), digest_size=16)
-    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    # A single element may have any stride; what is hashed lies side by side.
+    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
+    digest.update(flat.view(torch.uint8).numpy().data)
     return digest.digest()

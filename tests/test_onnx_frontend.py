@@ -340,7 +340,9 @@ def test_models_that_ship_with_onnx() -> None:
             torch.testing.assert_close(
                 got, torch.from_numpy(np.array(expected)), rtol=1e-3, atol=1e-4, equal_nan=True, msg=folder.name
             )
-        assert export(program) == onnx.load(folder / "model.onnx"), folder
+        original = onnx.load(folder / "model.onnx")
+        if original.opset_import[0].version > 6:  # for older ones ONNX Runtime has few kernels: they are converted
+            assert export(program) == original, folder
         passed += 1
     assert passed > 60
 

@@ -65,12 +65,18 @@ def test_static_8_bits_are_multiplied_in_integers() -> None:
 
 def test_other_schemes_say_why_they_are_not() -> None:
     program = made(
-        "activations{scheme=int8:token:asym:dynamic include=*}, rtn{scheme=int8:channel:sym include=*}, integers"
+        "activations{scheme=int4:token:asym:dynamic include=*}, rtn{scheme=int8:channel:sym include=*}, integers"
     )
     refusals = EXACT.lower(program).details()["refusals"]
-    assert any(
-        "MatMulIntegerToFloat takes activations of int8:tensor, not int8:token:asym:dynamic" in r for r in refusals
-    )
+    wanted = "MatMulIntegerToFloat takes activations of int8:tensor or int8:token, not int4:token:asym:dynamic"
+    assert any(wanted in r for r in refusals)
+
+
+@pytest.mark.parametrize("scheme", ["int8:token:asym:dynamic", "int8:token:sym:dynamic"])
+def test_a_scale_a_token_is_multiplied_in_integers(scheme: str) -> None:
+    program = made(f"activations{{scheme={scheme} include=*}}, rtn{{scheme=int8:channel:sym include=*}}, integers")
+    assert difference(program) < 2e-3
+    assert EXACT.lower(program).details()["kernels"]["MatMulIntegerToFloat"] > 5
 
 
 @pytest.mark.parametrize("scheme", ["int8:token:asym:dynamic", "int8:g16:asym"])

@@ -5,10 +5,11 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qcompiler.backends.onnxruntime.graph import Stored, sizes_of, typed
-from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, Unsupported
+from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, Unsupported, schema_arguments
+from qcompiler.backends.onnxruntime.weights import int8_codes, row_scales, signed
 from qcompiler.errors import No
 from qcompiler.program import Type
 from qcompiler.rounding import activation_scheme, group_size
@@ -64,8 +65,28 @@ def dynamic_grid(low: Lowering, grouped: ir.Value, kind: Scheme, axis: int = -1)
 
 
 def fake_quantize(low: Lowering, out: Type, x: ir.Value, grid: Sequence[ir.Value], scheme: str) -> ir.Value:
-    """An activation rounded to a grid and back."""
-    return rounded(low, x, grid, scheme)
+    """An activation rounded to a grid and back: to 8 bits with one static scale by QuantizeLinear, which fuses."""
+    assert low.node is not None
+    kind = activation_scheme(scheme)
+    if isinstance(quantizes(kind), No):
+        return rounded(low, x, grid, scheme)
+    scale, zero = _scalars(low, schema_arguments(low.node)[1])
+    return low.op("DequantizeLinear", codes(low, x, scale, zero), scale, zero)
+
+
+def quantizes(kind: Scheme) -> bool | No:
+    """Whether QuantizeLinear makes the codes of a scheme."""
+    static = not kind.dynamic and kind.granularity == "tensor"
+    return (static and kind.bits == 8 and kind.code == "int") or No(f"activations of int8:tensor, not {kind}")
+
+
+def codes(low: Lowering, x: ir.Value, scale: ir.Value, zero: ir.Value) -> ir.Value:
+    """The codes of x, shared by all that read them."""
+    key = ("codes", x, scale, zero)
+    if key not in low.memo:
+        low.memo[key] = low.op("QuantizeLinear", x, scale, zero)
+    value: ir.Value = low.memo[key]
+    return value
 
 
 def integer_product(
@@ -77,35 +98,59 @@ def integer_product(
     weight: QTensor,
     bias: ir.Value | None,
 ) -> ir.Value | No:
-    """A product of 8-bit codes: one static scale for the activation, one a row for the weight."""
-    kind = activation_scheme(scheme)
-    if kind.dynamic or kind.granularity != "tensor" or kind.bits != 8:
-        return No(f"MatMulIntegerToFloat takes activations of int8:tensor, not {kind}")
-    whole = weight.scheme.granularity in ("channel", "tensor") and weight.zero is None and weight.minimum is None
-    if weight.scheme.bits != 8 or weight.scheme.code != "int" or not whole or not isinstance(weight.scale, Tensor):
-        return No(f"MatMulIntegerToFloat takes weights of int8:channel:sym, not {weight.scheme}")
+    """A product of 8-bit codes: one static scale for the activation or one a token, one a row for the weight."""
+    kind, answer = activation_scheme(scheme), signed(weight)
+    if isinstance(answer, No):
+        return No(f"MatMulIntegerToFloat takes {answer.reason}")
+    if quantizes(kind):
+        return multiplied(low, *_codes_and_grid(low, x, grid), name, weight, bias)
+    if kind.bits == 8 and kind.code == "int" and kind.granularity == "token":
+        return by_token(low, x, kind, name, weight, bias)
+    return No(f"MatMulIntegerToFloat takes activations of int8:tensor or int8:token, not {kind}")
+
+
+def _codes_and_grid(low: Lowering, x: ir.Value, grid: Sequence[fx.Node]) -> tuple[ir.Value, ir.Value, ir.Value]:
     scale, zero = _scalars(low, grid)
-    key = ("codes", x, scale, zero)  # shared by the layers that read x
+    return codes(low, x, scale, zero), scale, zero
+
+
+def multiplied(
+    low: Lowering, x: ir.Value, scale: ir.Value, zero: ir.Value, name: str, weight: QTensor, bias: ir.Value | None
+) -> ir.Value:
+    """Codes x on one grid times the codes of a weight, added up in integers, plus bias."""
+    scales, shape = row_scales(weight), (weight.columns, weight.rows)
+    turned = Stored(shape, torch.int8, lambda: int8_codes(weight).T.contiguous(), f"{name}::signed")
+    rows = low.graph.store(
+        f"{name}::row scales", Stored((weight.rows,), torch.float32, lambda: scales, f"{name}::rows")
+    )
+    filters = low.graph.store(f"{name}::signed", turned)
+    if low.options.opset_only:
+        a, b = low.op("DequantizeLinear", x, scale, zero), low.op("DequantizeLinear", filters, rows, axis=1)
+        product = low.op("MatMul", a, b)
+        return product if bias is None else low.op("Add", product, bias)
+    fused: ir.Value = low.contrib("MatMulIntegerToFloat", x, filters, scale, rows, zero, None, bias)
+    return fused
+
+
+def by_token(low: Lowering, x: ir.Value, kind: Scheme, name: str, weight: QTensor, bias: ir.Value | None) -> ir.Value:
+    """A product over codes with a scale s and zero point z for each token: s (codes - 128) W' - s (z - 128) sum(W)."""
+    key = ("token codes", x, str(kind))
     if key not in low.memo:
-        low.memo[key] = low.op("QuantizeLinear", x, scale, zero)
-    rows = weight.scale.float().expand(weight.rows, 1).flatten().contiguous()
-    signed = Stored(
-        (weight.columns, weight.rows),
-        torch.int8,
-        lambda: (weight.unpacked().to(torch.int16) - 128).to(torch.int8).T.contiguous(),
-        f"{name}::signed",
-    )
-    product: ir.Value = low.contrib(
-        "MatMulIntegerToFloat",
-        low.memo[key],
-        low.graph.store(f"{name}::signed", signed),
-        scale,
-        low.graph.store(f"{name}::row scales", Stored((weight.rows,), torch.float32, lambda: rows, f"{name}::rows")),
-        zero,
-        None,
-        bias,
-    )
-    return product
+        scale, middle = dynamic_grid(low, x, kind)
+        steps = low.op("Div", x, scale)
+        shift = None if kind.symmetric else low.op("Sub", middle, low.graph.constant(128.0))
+        moved = steps if shift is None else low.op("Add", low.op("Round", steps), shift)
+        one, zero = low.graph.constant(1.0), low.graph.constant(torch.tensor(128, dtype=torch.uint8))
+        low.memo[key] = low.op("QuantizeLinear", moved, one, zero), scale, shift
+    quantized, scale, shift = low.memo[key]
+    one, zero = low.graph.constant(1.0), low.graph.constant(torch.tensor(128, dtype=torch.uint8))
+    product = multiplied(low, quantized, one, zero, name, weight, None)
+    if shift is not None:
+        sums = int8_codes(weight).sum(1).float() * row_scales(weight)
+        stored = Stored(tuple(sums.shape), torch.float32, lambda: sums, f"{name}::sums")
+        product = low.op("Sub", product, low.op("Mul", shift, low.graph.store(f"{name}::sums", stored)))
+    product = low.op("Mul", product, scale)
+    return product if bias is None else low.op("Add", product, bias)
 
 
 def _scalars(low: Lowering, grid: Sequence[Any]) -> tuple[ir.Value, ir.Value]:

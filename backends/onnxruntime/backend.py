@@ -23,7 +23,8 @@ class OnnxRuntime(Backend):
     the fastest; 0 keeps them float. `threads` (None: as many as PyTorch uses) work inside one operator.
     `padding` lowers attention in plain operators that take any padding mask, which is slower: wanted only where some
     attention is none of GroupQueryAttention's, whose batches may be padded on the left anyway. `max_positions` is the
-    longest sequence that rotary tables are made for, where the model itself is not limited to less.
+    longest sequence that rotary tables are made for, where the model itself is not limited to less. `opset_only`
+    writes operators of the ONNX standard alone, for other runtimes: slower here.
     """
 
     name: ClassVar[str] = "onnxruntime"
@@ -31,6 +32,7 @@ class OnnxRuntime(Backend):
     threads: int | None = None
     padding: bool = False
     max_positions: int = 8192
+    opset_only: bool = False
 
     def available(self) -> Answer:
         """True, or which package is missing."""
@@ -61,7 +63,7 @@ class OnnxRuntime(Backend):
         assert place is not None
         place.mkdir(parents=True, exist_ok=True)
         limit = min(self.max_positions, program.info.get("max_positions") or self.max_positions)
-        export(program, place, Options(self.accuracy_level, self.padding, limit))
+        export(program, place, Options(self.accuracy_level, self.padding, limit, self.opset_only))
         runner = OnnxRunner(program, place, self.threads, temporary)
         answer = write_config(program, place, runner.about, runner.inputs) if program.caches else True
         runner.refusals = (answer,) if isinstance(answer, No) else ()

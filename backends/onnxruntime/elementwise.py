@@ -134,6 +134,8 @@ def reciprocal_root(low: Lowering, out: Type, x: ir.Value) -> ir.Value:
 
 def silu(low: Lowering, out: Type, x: ir.Value) -> ir.Value:
     """x * sigmoid(x), which ONNX Runtime has as QuickGelu with alpha 1."""
+    if low.options.opset_only:
+        return low.op("Mul", x, low.op("Sigmoid", x))
     return low.contrib("QuickGelu", x, alpha=1.0)  # type: ignore[no-any-return]
 
 
@@ -240,6 +242,14 @@ RULES: dict[str, Rule] = {
             "cos": "Cos",
             "tan": "Tan",
             "tanh": "Tanh",
+            "asin": "Asin",
+            "acos": "Acos",
+            "atan": "Atan",
+            "sinh": "Sinh",
+            "cosh": "Cosh",
+            "asinh": "Asinh",
+            "acosh": "Acosh",
+            "atanh": "Atanh",
             "sigmoid": "Sigmoid",
             "relu": "Relu",
             "erf": "Erf",
@@ -263,6 +273,7 @@ RULES: dict[str, Rule] = {
     "aten.true_divide": divide,
     "aten.floor_divide": floor_divide,
     "aten.remainder": remainder,
+    "aten.fmod": lambda low, out, x, y: low.op("Mod", x, low.cast(y, out.dtype), fmod=1),
     "aten.maximum": binary("Max"),
     "aten.minimum": binary("Min"),
     "aten.pow": power,
@@ -297,6 +308,7 @@ RULES: dict[str, Rule] = {
     "aten.relu6": relu6,
     "aten.softplus": softplus,
     "aten.leaky_relu": leaky,
+    "aten.elu": lambda low, out, x, alpha=1.0, *rest: low.op("Elu", x, alpha=alpha),
     "aten.where": where,
     "aten.masked_fill": masked_fill,
     **dict.fromkeys(

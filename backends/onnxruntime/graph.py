@@ -2,12 +2,13 @@
 
 import collections
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from qcompiler.program import Type
 OPSET = 23
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
+INLINE = 1 << 30  # bytes of tensors that go into the model file; protobuf ends at 2 GB
 PAGE = 4096  # large tensors start on a page, so that ONNX Runtime can map them instead of copying
 
 ONNX_DTYPES = {
@@ -45,6 +47,12 @@ class Stored:
     dtype: torch.dtype
     make: Callable[[], Tensor]
     key: str
+    kind: ir.DataType | None = None  # of elements that torch does not have; `make` gives their bytes, uint8
+
+    @property
+    def element(self) -> ir.DataType:
+        """The type of the elements."""
+        return self.kind or ONNX_DTYPES[self.dtype]
 
 
 @dataclass
@@ -56,6 +64,8 @@ class Graph:
     stored: dict[str, tuple[ir.Value, Stored]] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
     defaults: list[ir.Value] = field(default_factory=list)
+    imports: dict[str, int] = field(default_factory=dict)  # versions of domains that nodes came with
+    functions: dict[Any, ir.Function] = field(default_factory=dict)
 
     def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", name: str = "", **attributes: Any) -> ir.Value:
         """Add a node with one output and return that; attributes that are None are left out."""
@@ -95,8 +105,15 @@ class Graph:
         """A large tensor, written into the data file; asked for twice it is the same value."""
         if name not in self.stored:
             value = typed(ir.Value(name=self.unique(name)), Type(tensor.shape, tensor.dtype))
+            value.type = ir.TensorType(tensor.element)
             self.stored[name] = (value, tensor)
         return self.stored[name][0]
+
+    def adopt(self, value: ir.Value) -> ir.Value:
+        """The same as an initializer of another graph, written into the model file."""
+        name = self.unique(str(value.name))
+        self.constants["adopted", name] = ir.val(name, const_value=value.const_value)
+        return self.constants["adopted", name]
 
     def input(self, name: str, kind: Type, default: Tensor | None = None) -> ir.Value:
         """A graph input; one with a default may be left out."""
@@ -120,14 +137,17 @@ class Graph:
         inputs: Sequence[ir.Value],
         outputs: Mapping[str, ir.Value],
         about: Mapping[str, Any],
+        metadata: Mapping[str, str] | None = None,
+        inline: bool = False,
     ) -> None:
         """Write to `folder` what the outputs depend on; inputs that nothing reads are left out.
 
-        `about` is JSON-able and is kept in the model's metadata, with the number of nodes of each kind.
+        `about` is JSON-able and is kept in the model's metadata, with the number of nodes of each kind, beside
+        `metadata` of the source. With `inline` there is one file, where its format allows it (up to 2 GB).
         """
         ends = [self._end(name, value) for name, value in outputs.items()]
         nodes = needed(self.nodes, ends)
-        used = {value for node in nodes for value in node.inputs if value is not None}
+        used = {value for node in nodes for value in read_by(node)}
         initializers = [value for value in (*self.constants.values(), *self.defaults) if value in used]
         pairs = [pair for pair in self.stored.values() if pair[0] in used]
         write_tensors(pairs, folder)
@@ -136,13 +156,22 @@ class Graph:
             ends,
             nodes=nodes,
             initializers=[*initializers, *(value for value, _ in pairs)],
-            opset_imports={"": OPSET, MICROSOFT: 1},
+            opset_imports={**self.imports, **needed_domains(nodes), "": OPSET},
             name="program",
         )
         counts = collections.Counter(node.op_type for node in nodes)
         note = json.dumps({"nodes": dict(counts.most_common()), **about})
-        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="qcompiler", metadata_props={METADATA: note})
+        model = ir.Model(
+            graph,
+            ir_version=IR_VERSION,
+            producer_name="qcompiler",
+            metadata_props={**(metadata or {}), METADATA: note},
+            functions=list(self.functions.values()),
+        )
         ir.save(model, folder / MODEL)
+        if inline and (folder / DATA).stat().st_size < INLINE:
+            onnx.save(onnx.load(folder / MODEL), folder / MODEL)
+            (folder / DATA).unlink()
 
     def _end(self, name: str, value: ir.Value) -> ir.Value:
         """The graph output called `name`, in the shape it has with every input's default.
@@ -161,8 +190,31 @@ def needed(nodes: Sequence[ir.Node], outputs: Iterable[ir.Value]) -> list[ir.Nod
     found = {value.producer() for value in outputs}
     for node in reversed(nodes):
         if node in found:
-            found |= {value.producer() for value in node.inputs if value is not None}
+            found |= {value.producer() for value in read_by(node)}
     return [node for node in nodes if node in found]
+
+
+def needed_domains(nodes: Iterable[ir.Node]) -> dict[str, int]:
+    """ONNX Runtime's own operators, if there are any."""
+    return {MICROSOFT: 1} if any(node.domain == MICROSOFT for node in nodes) else {}
+
+
+def read_by(node: ir.Node) -> Iterator[ir.Value]:
+    """What a node reads: its inputs, and whatever its subgraphs read or give."""
+    yield from (value for value in node.inputs if value is not None)
+    for graph in subgraphs(node):
+        yield from graph.outputs
+        for inner in graph:
+            yield from read_by(inner)
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs in a node's attributes."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
 
 
 def write_tensors(pairs: Iterable[tuple[ir.Value, Stored]], folder: Path) -> None:
@@ -181,7 +233,7 @@ def write_tensors(pairs: Iterable[tuple[ir.Value, Stored]], folder: Path) -> Non
                 DATA,
                 offset,
                 length,
-                ONNX_DTYPES[stored.dtype],
+                stored.element,
                 shape=ir.Shape(stored.shape),
                 name=str(value.name),
                 base_dir=folder,

@@ -29,6 +29,7 @@ class Options:
     accuracy_level: int = 4
     padding: bool = False
     max_positions: int = 8192
+    opset_only: bool = False
 
 
 Rule = Callable[..., Any]  # (lowering, result type, *arguments in schema order) -> value or list of values
@@ -142,14 +143,16 @@ class Lowering:
 
     def op(self, kind: str, *inputs: Any, **attributes: Any) -> ir.Value:
         """A node of the ONNX standard; numbers among its inputs become constants."""
-        return self.graph.op(kind, *map(self.as_value, inputs), name=self.label, **attributes)
+        return self.graph.op(kind, *map(self.as_value, inputs), name=self.title, **attributes)
 
     def ops(self, kind: str, *inputs: Any, outputs: int, **attributes: Any) -> list[ir.Value]:
         """A node with several outputs."""
-        return self.graph.ops(kind, *map(self.as_value, inputs), outputs=outputs, name=self.label, **attributes)
+        return self.graph.ops(kind, *map(self.as_value, inputs), outputs=outputs, name=self.title, **attributes)
 
     def contrib(self, kind: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
-        """A node of ONNX Runtime's own operators."""
+        """A node of ONNX Runtime's own operators; Unsupported where only those of the standard may be written."""
+        if self.options.opset_only:
+            raise Unsupported(f"{kind}, which is no operator of the ONNX standard")
         made = self.ops(kind, *inputs, outputs=outputs, domain=MICROSOFT, **attributes)
         return made[0] if outputs == 1 else made
 
@@ -157,6 +160,13 @@ class Lowering:
     def label(self) -> str:
         """The name of the node being lowered."""
         return self.node.name if self.node is not None else ""
+
+    @property
+    def title(self) -> str:
+        """What the ONNX nodes of the node being lowered are called: as in the ONNX model it came from, if it did."""
+        if self.node is None or self.program.info.get("frontend") != "onnx":
+            return self.label
+        return str(self.node.meta.get("path") or self.label)
 
     def as_value(self, given: Any) -> ir.Value | None:
         """A value as it is, a number or a list of numbers as a constant."""

@@ -26,9 +26,10 @@ def linear(low: Lowering, out: Type, x: ir.Value, weight: ir.Value, bias: ir.Val
     """x times the transposed weight, plus bias; a stored weight that nothing else reads is written transposed."""
     assert low.node is not None
     source = schema_arguments(low.node)[1]
-    if source.op != "get_attr":
+    tied = source.op == "get_attr" and is_tied(low, source)
+    if source.op != "get_attr" or (tied and low.options.opset_only):
         product = low.op("MatMul", x, low.op("Transpose", weight, perm=[1, 0]))
-    elif is_tied(low, source):
+    elif tied:
         product = low.contrib("FusedMatMul", x, weight, transB=1)
     else:
         product = low.op("MatMul", x, low.transposed(str(source.target)))
@@ -222,37 +223,6 @@ def group_norm(
     return low.op("GroupNormalization", x, weight, bias, num_groups=groups, epsilon=eps)
 
 
-def convolution(
-    low: Lowering,
-    out: Type,
-    x: ir.Value,
-    weight: ir.Value,
-    bias: ir.Value | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    *rest: Any,
-) -> ir.Value:
-    """Convolution over one to three axes; `aten.convolution` also says whether it is transposed."""
-    if isinstance(padding, str):
-        raise Unsupported(f'a convolution with padding "{padding}"')
-    transposed, _, groups = rest if len(rest) == 3 else (False, 0, *rest)
-    if transposed:
-        raise Unsupported("a transposed convolution")
-    axes = rank(x) - 2
-    pads = spread(padding, axes)
-    return low.op(
-        "Conv",
-        x,
-        weight,
-        bias,
-        strides=spread(stride, axes),
-        pads=[*pads, *pads],
-        dilations=spread(dilation, axes),
-        group=groups,
-    )
-
-
 def spread(value: Any, count: int) -> list[int]:
     """One number for each axis."""
     given = [value] if isinstance(value, int) else list(value)
@@ -301,5 +271,4 @@ RULES: dict[str, Rule] = {
     "qc.reordered_norm": reordered_norm,
     "qc.hadamard": hadamard,
     "aten.group_norm": group_norm,
-    **dict.fromkeys(["aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"], convolution),
 }

@@ -6,7 +6,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from qcompiler.backends.onnxruntime import weights
+from qcompiler.backends.onnxruntime import standard, weights
 from qcompiler.backends.onnxruntime.activations import integer_product, rounded
 from qcompiler.backends.onnxruntime.graph import Stored, typed
 from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, schema_arguments
@@ -31,7 +31,8 @@ def choose(low: Lowering, op: str, name: str, weight: QTensor) -> Kernel:
     """The first kernel that accepts the weight; the reasons of those before it are kept."""
     for kernel in weights.KERNELS:
         if kernel.op == op:
-            answer = kernel.accepts(weight)
+            minima = low.options.opset_only and kernel in (weights.MATMUL_MINIMA, weights.GATHER_MINIMA)
+            answer = No("the standard has no minima") if minima else kernel.accepts(weight)
             if not isinstance(answer, No):
                 low.kernels[low.label] = kernel.name
                 return kernel
@@ -88,8 +89,11 @@ def integer_linear(
 
 def matmul_nbits(low: Lowering, cut: Blockwise, x: ir.Value, bias: ir.Value | None) -> ir.Value:
     """MatMulNBits over the blocks of a weight."""
+    if low.options.opset_only:
+        product = low.op("MatMul", x, standard.decoded(low, cut, transposed=True))
+        return product if bias is None else low.op("Add", product, bias)
     zeros = cut.zeros()
-    product: ir.Value = low.contrib(
+    fused: ir.Value = low.contrib(
         "MatMulNBits",
         x,
         low.graph.store(f"{cut.name}::blocks", cut.codes(cut.weight.rows, cut.count, cut.blob)),
@@ -103,7 +107,7 @@ def matmul_nbits(low: Lowering, cut: Blockwise, x: ir.Value, bias: ir.Value | No
         block_size=cut.block,
         accuracy_level=low.options.accuracy_level,
     )
-    return product
+    return fused
 
 
 def group_sums(low: Lowering, cut: Blockwise, x: ir.Value) -> ir.Value:
@@ -131,6 +135,9 @@ def embedding(low: Lowering, out: Type, ids: ir.Value, parts: Any, spec: str) ->
     if kernel is weights.FLOAT_GATHER:
         return low.op("Gather", whole(low, name, weight), ids, axis=0)
     cut = Blockwise.of(name, weight)
+    if low.options.opset_only and kernel is weights.GATHER:
+        low.kernels[low.label] = "Gather and DequantizeLinear"
+        return standard.looked_up(low, name, weight, ids, cut)
     zeros = cut.zeros()
     rows: ir.Value = low.contrib(
         "GatherBlockQuantized",

@@ -5,7 +5,17 @@ from pathlib import Path
 
 from torch import fx
 
-from qcompiler.backends.onnxruntime import activations, attention, elementwise, products, quantized, shapes
+from qcompiler.backends.onnxruntime import (
+    activations,
+    attention,
+    convolutions,
+    elementwise,
+    pooling,
+    products,
+    quantized,
+    shapes,
+    verbatim,
+)
 from qcompiler.backends.onnxruntime.decoder import group_query
 from qcompiler.backends.onnxruntime.fusions import skip_norm
 from qcompiler.backends.onnxruntime.lowering import SCALAR, Fusion, Lowering, Options, Rule, Unsupported, operator_name
@@ -20,13 +30,16 @@ RULES: dict[str, Rule] = {
     **attention.RULES,
     **activations.RULES,
     **quantized.RULES,
+    **convolutions.RULES,
+    **pooling.RULES,
+    **verbatim.RULES,
 }
 FUSIONS: dict[str, tuple[Fusion, ...]] = {"aten.add": (skip_norm,), "qc.cached_attention": (group_query,)}
 
 
 def export(program: Program, folder: Path, options: Options) -> None:
     """Write the program to `folder` as model.onnx and model.onnx.data; BackendError names a node that has no form."""
-    low = Lowering(program, options, RULES, FUSIONS)
+    low = Lowering(program, options, RULES, {} if options.opset_only else FUSIONS)
     try:
         outputs = low.run()
     except Unsupported as error:
@@ -41,7 +54,9 @@ def export(program: Program, folder: Path, options: Options) -> None:
         "max_positions": options.max_positions,
         "shared_cache": shares_cache(low),
     }
-    low.graph.save(folder, list(low.inputs.values()), outputs, about)
+    inline = program.info.get("frontend") == "onnx"  # one file became one file
+    metadata = program.info.get("onnx", {}).get("metadata")
+    low.graph.save(folder, list(low.inputs.values()), outputs, about, metadata, inline)
 
 
 def shares_cache(low: Lowering) -> bool:

@@ -297,6 +297,11 @@ def size(low: Lowering, out: Any, x: ir.Value, axis: int) -> ir.Value:
     return low.size(x, axis)
 
 
+def shape_of(low: Lowering, out: Type, x: ir.Value) -> ir.Value:
+    """All sizes, as a vector."""
+    return low.op("Shape", x)
+
+
 def one_hot(low: Lowering, out: Type, ids: ir.Value, count: int = -1) -> ir.Value:
     """1 at the place that is named, 0 elsewhere."""
     if count < 0:
@@ -366,6 +371,7 @@ RULES: dict[str, Rule] = {
     "aten.triu": triangle(1),
     "aten.tril": triangle(0),
     "aten.sym_size": size,
+    "aten._shape_as_tensor": shape_of,
     "aten.one_hot": one_hot,
     "aten.scatter": scatter("none"),
     "aten.scatter_add": scatter("add"),

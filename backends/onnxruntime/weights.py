@@ -64,6 +64,24 @@ FLOAT_GATHER = Kernel("Gather (dequantized when written)", "qc.embedding", Accep
 KERNELS = (MATMUL, MATMUL_MINIMA, FLOAT_MATMUL, GATHER, GATHER_MINIMA, FLOAT_GATHER)
 
 
+def signed(weight: QTensor) -> bool | No:
+    """Whether DequantizeLinear stands for a weight of 8 bits with one scale a row."""
+    whole = weight.scheme.granularity in ("channel", "tensor") and weight.zero is None and weight.minimum is None
+    plain = weight.scheme.bits == 8 and weight.scheme.code == "int" and isinstance(weight.scale, Tensor)
+    return (whole and plain) or No(f"weights of int8:channel:sym, not {weight.scheme}")
+
+
+def row_scales(weight: QTensor) -> Tensor:
+    """The scale of each row, float32 [rows]."""
+    assert isinstance(weight.scale, Tensor)
+    return weight.scale.float().expand(weight.rows, 1).flatten().contiguous()
+
+
+def int8_codes(weight: QTensor) -> Tensor:
+    """The codes as signed numbers, int8 [rows, columns]."""
+    return (weight.unpacked().to(torch.int16) - 128).to(torch.int8)
+
+
 @dataclass(frozen=True)
 class Blockwise:
     """A quantized matrix cut into blocks: what is written, and how it is to be read.
@@ -104,7 +122,7 @@ class Blockwise:
     def scales(self) -> Stored:
         """float32 [rows, count]."""
         shape = (self.weight.rows, self.count)
-        return Stored(shape, torch.float32, lambda: self._by_block(self._scale()), f"{self.key}:scales")
+        return Stored(shape, torch.float32, lambda: self.by_block(self._scale()), f"{self.key}:scales")
 
     def zeros(self) -> Stored | None:
         """Zero points, packed like the codes: uint8 [rows, ceil(count * bits / 8)]; None if all are the middle."""
@@ -112,7 +130,7 @@ class Blockwise:
             return None
         zero = self.weight.zero
         shape = (self.weight.rows, -(-self.count * self.bits // 8))
-        return Stored(shape, torch.uint8, lambda: pack_bits(self._by_block(zero), self.bits), f"{self.key}:zeros")
+        return Stored(shape, torch.uint8, lambda: pack_bits(self.by_block(zero), self.bits), f"{self.key}:zeros")
 
     def corrections(self, transposed: bool) -> Stored:
         """What the middle code stands for in each group, float32 [groups, rows] if transposed, else by block.
@@ -126,7 +144,7 @@ class Blockwise:
             make: Callable[[], Tensor] = lambda: self._middle().expand(rows, groups).t()  # noqa: E731
             return Stored((groups, rows), torch.float32, make, f"{self.key}:corrections.T")
         return Stored(
-            (rows, self.count), torch.float32, lambda: self._by_block(self._middle()), f"{self.key}:corrections"
+            (rows, self.count), torch.float32, lambda: self.by_block(self._middle()), f"{self.key}:corrections"
         )
 
     def _middle(self) -> Tensor:
@@ -139,7 +157,7 @@ class Blockwise:
         scale = self.weight.scale
         return scale.dequantize() if isinstance(scale, QTensor) else scale.float()
 
-    def _by_block(self, values: Tensor) -> Tensor:
+    def by_block(self, values: Tensor) -> Tensor:
         """Values of groups [rows or 1, groups or 1] as values of blocks [rows, count]."""
         groups = self.weight.group_index()[:: self.block].clamp(max=values.shape[-1] - 1)
         return values.expand(self.weight.rows, -1)[:, groups].contiguous()
@@ -154,7 +172,7 @@ class Blockwise:
             # The operators take the middle code for zero: 4 of the 8 codes of 3 bits becomes 8 of 16.
             codes = codes + ((1 << self.bits >> 1) - (weight.scheme.levels >> 1))
         if not filled:
-            ends = self._by_block(weight.zero)[:, -1:] if weight.zero is not None else None
+            ends = self.by_block(weight.zero)[:, -1:] if weight.zero is not None else None
             missing = (rows, self.count * self.block - weight.columns)
             zero = codes.new_full(missing, 1 << self.bits >> 1) if ends is None else ends.expand(missing)
             codes = torch.cat([codes, zero], dim=1)

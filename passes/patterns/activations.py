@@ -26,6 +26,19 @@ class GeluTanh(Rule):
         return program.call(aten.gelu.default, (x,), {"approximate": "tanh"}, like=node)
 
 
+class GeluErf(Rule):
+    """x * 0.5 * (1 + erf(x / sqrt(2)))  ->  gelu(x). Source: arXiv 1606.08415."""
+
+    def pattern(self, x: Pattern, root: Pattern, inverse: Pattern) -> Pattern:
+        half = op.erf(x / root) + 1 | op.erf(x * inverse) + 1
+        return x * half * 0.5 | x * 0.5 * half | x * (half * 0.5)
+
+    def rewrite(self, program: Program, node: fx.Node, x: Any, root: Any, inverse: Any) -> fx.Node | None:
+        if not (_close(root, math.sqrt(2)) or _close(inverse, math.sqrt(0.5))) or _rounds(x):
+            return None
+        return program.call(aten.gelu.default, (x,), like=node)
+
+
 class Silu(Rule):
     """x * sigmoid(x)  ->  silu(x)"""
 
@@ -34,6 +47,19 @@ class Silu(Rule):
 
     def rewrite(self, program: Program, node: fx.Node, x: Any) -> fx.Node | None:
         return program.call(aten.silu.default, (x,), like=node) if not _rounds(x) else None
+
+
+class HardSwish(Rule):
+    """x * clamp(x + 3, 0, 6) / 6  ->  hardswish(x). Source: MobileNetV3 (arXiv 1905.02244), section 5.2."""
+
+    def pattern(self, x: Pattern, sixth: Pattern) -> Pattern:
+        gate = op.clamp(x + 3, 0, 6)
+        return x * gate / 6 | x * (gate / 6) | x * gate * sixth | x * (gate * sixth)
+
+    def rewrite(self, program: Program, node: fx.Node, x: Any, sixth: Any) -> fx.Node | None:
+        if (sixth is not None and not _close(sixth, 1 / 6)) or _rounds(x):
+            return None
+        return program.call(aten.hardswish.default, (x,), like=node)
 
 
 def _close(value: Any, wanted: float) -> bool:
@@ -46,4 +72,4 @@ def _rounds(x: Any) -> bool:
     return kind is None or kind.dtype.itemsize < 4
 
 
-RULES: tuple[Rule, ...] = (GeluTanh(), Silu())
+RULES: tuple[Rule, ...] = (GeluTanh(), GeluErf(), HardSwish(), Silu())

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.errors import CaptureError, InputError, No, require
+from qcompiler.frontends import onnx_opset
+from qcompiler.frontends import onnx_sizes as sizes
 from qcompiler.frontends.onnx_graph import Builder, Call
 from qcompiler.frontends.onnx_model import DTYPES, Source, filled, read, stored_name
 from qcompiler.frontends.onnx_rules import RULES
@@ -27,6 +29,8 @@ from qcompiler.frontends.verification import compare
 from qcompiler.ops import qc
 from qcompiler.program import Input, Program, Type
 
+INTEGERS = ("bits", "ones", "zeros")  # what integer inputs are tried with
+WHOLE = 1e-2  # of the largest: every node was compared by itself before, and float errors grow through a deep network
 Values = dict[str, Any]  # numpy arrays by name: what ONNX Runtime takes and gives
 
 _TYPES = {
@@ -52,7 +56,13 @@ def capture(source: Any, example_inputs: Any = None) -> Program:
     inputs or outputs are not tensors.
     """
     model = read(source)
-    watched = Watched(model)
+    try:
+        watched = Watched(model)
+    except InputError as refused:
+        old, why, model = model, refused, onnx_opset.raised(model, refused)
+        watched = Watched(model)
+        onnx_opset.check(old, watched.cases(_named(watched, example_inputs)), why)
+        watched.tried.clear()
     foreign = watched.foreign()
     if foreign:
         return _whole(model, watched, foreign)
@@ -63,13 +73,13 @@ def capture(source: Any, example_inputs: Any = None) -> Program:
     opaque = {i: reason for i, reason in opaque.items() if i in builder.alive()}
     if opaque and not cases:
         opaque = dict.fromkeys(opaque, "no inputs were found to check it with; give example_inputs")
-    program.info = _info(model, program, opaque, types)
+    program.info = _info(model, program, opaque, types) | {"tried": watched.tried}
     answer = _agrees(program, cases)
     if isinstance(answer, No):
         everything = dict.fromkeys(range(len(model.proto.graph.node)), f"the mapped program differs: {answer.reason}")
         builder, opaque = build(model, types, watched.inputs, [], everything)
         program = builder.finish()
-        program.info = _info(model, program, opaque, types)
+        program.info = _info(model, program, opaque, types) | {"tried": watched.tried}
     return program
 
 
@@ -85,7 +95,14 @@ def _named(watched: "Watched", example_inputs: Any) -> Values | None:
     )
     if set(given) != set(watched.inputs):
         raise InputError(f"example inputs {sorted(given)} were given; the model takes {sorted(watched.inputs)}")
-    return {name: torch.as_tensor(value).numpy() for name, value in given.items()}
+    return {name: _sample(torch.as_tensor(value).numpy(), watched.specs[name].shape) for name, value in given.items()}
+
+
+def _sample(value: Any, shape: Sequence[Any]) -> Any:
+    """An example input: one of several samples, where they stand along an axis of their own or one of size 1."""
+    if value.ndim == len(shape) + 1:
+        return value[0]
+    return value[:1] if value.ndim and shape[0] == 1 else value
 
 
 def _info(model: Source, program: Program, opaque: Mapping[int, str], types: Mapping[str, Type]) -> dict[str, Any]:
@@ -98,6 +115,7 @@ def _info(model: Source, program: Program, opaque: Mapping[int, str], types: Map
         "frontend": "onnx",
         "onnx": {
             "model": skeleton,
+            "metadata": {entry.key: entry.value for entry in model.proto.metadata_props},
             "types": {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in types.items()},
             "opaque": {str(i): f"{nodes[i].op_type}: {reason}" for i, reason in opaque.items()},
         },
@@ -115,6 +133,8 @@ class Watched:
         proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in made if n not in self.outputs)
         self.session = _session(proto, model)
         self.inputs = [spec.name for spec in self.session.get_inputs()]
+        self.graph = proto.graph
+        self.tried: list[tuple[dict[str, int], str]] = []  # sizes and integers that the model took
         self.specs = {s.name: s for s in [*self.session.get_inputs(), *self.session.get_outputs()]}
 
     def foreign(self) -> str:
@@ -141,32 +161,40 @@ class Watched:
             if values is None:
                 raise InputError("ONNX Runtime does not run the model with the example inputs")
             found.append(values)
-        dynamic = any(not isinstance(d, int) for n in self.inputs for d in self.specs[n].shape)
-        used: set[int] = set()
-        for size, integers in itertools.product((7, 11, 16, 64, 1, 224, 256, 512, 576), ("bits", "ones", "zeros")):
+        shapes = sizes.symbols(self.specs, self.inputs)
+        first, seen = sizes.first_axes(shapes), sizes.seen(shapes, given or {})
+        # In the second case every free axis has another size; where the model takes no such inputs, some have.
+        for some, rest, integers in itertools.product((False, True), sizes.attempts(shapes, seen), self._kinds()):
             if len(found) == 2:
                 break
-            if dynamic and size in used:
+            before = [size.items() for size, _ in self.tried] + [seen.items()]
+            if rest and any(rest.items() <= one if some else rest.items() & one for one in before):
                 continue
-            values = self.run({n: _random(self.specs[n], size, integers, i + size) for i, n in enumerate(self.inputs)})
+            # The first axis shrinks while the others grow, so that no size which follows from them looks like it.
+            batch = 3 if 2 in [seen.get(axis) for axis in first] else 3 - len(found)
+            tried = dict.fromkeys(first, batch) | rest
+            values = self.run(self._random(shapes, tried, integers, len(self.tried)))
             if values is not None:
                 found.append(values)
-                used.add(size)
+                self.tried.append((tried, integers))
         return found
+
+    def _kinds(self) -> tuple[str, ...]:
+        """What integer inputs are tried with; once, if there are none."""
+        whole = any(not (_dtype(self.specs[n].type) or torch.float32).is_floating_point for n in self.inputs)
+        return INTEGERS if whole else INTEGERS[:1]
+
+    def _random(self, shapes: Any, tried: Mapping[str, int], integers: str, seed: int) -> Values:
+        feed = {}
+        for i, name in enumerate(self.inputs):
+            shape = [tried[d] if isinstance(d, str) else d for d in shapes[name]]
+            feed[name] = sizes.random(shape, _dtype(self.specs[name].type) or torch.float32, integers, i + seed)
+        return feed
 
     def types(self, cases: Sequence[Values]) -> dict[str, Type]:
         """The Type of every value: what ONNX Runtime infers, corrected by what was seen."""
-        found = {}
-        for name, spec in self.specs.items():
-            shape = list(spec.shape)
-            seen = [case[name].shape for case in cases]
-            if seen and len(seen[0]) != len(shape):
-                shape = [None] * len(seen[0])
-            for axis, length in enumerate(shape):
-                if not isinstance(length, int):
-                    shape[axis] = length or f"{name}_{axis}"
-            found[name] = Type(tuple(shape), _dtype(spec.type) or torch.uint8)
-        return found
+        dtypes = {name: _dtype(spec.type) or torch.uint8 for name, spec in self.specs.items()}
+        return sizes.types(self.graph, self.specs, dtypes, cases)
 
 
 def _session(proto: Any, model: Source) -> Any:
@@ -199,18 +227,6 @@ def _dtype(text: str) -> torch.dtype | None:
     return DTYPES.get(_TYPES.get(match[1], 0)) if match else None
 
 
-def _random(spec: Any, size: int, integers: str, seed: int) -> np.ndarray[Any, Any]:
-    """Random data for an input; dynamic axes get `size`, the first one 2 or 3."""
-    shape = [d if isinstance(d, int) else (2 + size % 2 if axis == 0 else size) for axis, d in enumerate(spec.shape)]
-    dtype = torch.empty(0, dtype=_dtype(spec.type)).numpy().dtype
-    chance = np.random.default_rng(seed)
-    if dtype.kind == "f":
-        return chance.normal(0, 1, shape).astype(dtype)
-    if integers == "bits" or dtype.kind == "b":
-        return chance.integers(0, 2, shape).astype(dtype)
-    return np.full(shape, integers == "ones").astype(dtype)
-
-
 def build(
     model: Source, types: Mapping[str, Type], inputs: Sequence[str], cases: Sequence[Values],
     opaque: Mapping[int, str] | None = None,
@@ -227,7 +243,7 @@ def build(
         builder.place = node.name or f"{node.op_type}_{index}"
         if node.output[0] in builder.constants:
             value = torch.from_numpy(np.array(builder.constants[node.output[0]]))
-            builder.values[node.output[0]] = builder.tensor(node.output[0], value)
+            builder.values[node.output[0]] = builder.constant(node.output[0], value)
             continue
         known = None if opaque is None else opaque.get(index)
         if known is None and (cases or opaque is not None):
@@ -317,8 +333,11 @@ def _seen_type(name: str, values: Sequence[Any]) -> Any:
     return Type(tuple(s[0] if len(set(s)) == 1 else f"{name}_{i}" for i, s in enumerate(shapes)), first.dtype)
 
 
-def same(got: Any, expected: Tensor) -> bool | No:
-    """Whether two values agree: integers and booleans exactly, floats to 1e-4 of the largest, NaN where NaN is."""
+def same(got: Any, expected: Tensor, loose: float = 0.0) -> bool | No:
+    """Whether two values agree: integers and booleans exactly, floats to 1e-4 of the largest, NaN where NaN is.
+
+    `loose` is another tolerance for floats.
+    """
     if not isinstance(got, Tensor):
         return No("it gives no tensor")
     if expected.dtype.is_floating_point and got.dtype == expected.dtype and got.shape == expected.shape:
@@ -326,7 +345,7 @@ def same(got: Any, expected: Tensor) -> bool | No:
         if not torch.equal(torch.nan_to_num(got[odd], 7.0), torch.nan_to_num(expected[odd], 7.0)):
             return No("it differs where values are not finite")
         got, expected = got.masked_fill(odd, 0), expected.masked_fill(odd, 0)
-    answer = compare(got, expected)
+    answer = compare(got, expected, loose=loose)
     return answer if isinstance(answer, No) else True
 
 
@@ -335,7 +354,7 @@ def _agrees(program: Program, cases: Sequence[Values]) -> bool | No:
     for case in cases:
         found = program(**{spec.name: torch.from_numpy(case[spec.name]) for spec in program.inputs})
         for name, value in found.items():
-            answer = same(value, torch.from_numpy(case[name]))
+            answer = same(value, torch.from_numpy(case[name]), WHOLE)
             if isinstance(answer, No):
                 return No(f'output "{name}": {answer.reason}')
     return True
@@ -355,7 +374,8 @@ def _whole(model: Source, watched: Watched, reason: str) -> Program:
     program.inputs = tuple(Input(name, types[name]) for name in watched.inputs)
     data = bytearray(model.complete().SerializeToString())
     program.tensors["onnx.model"] = torch.frombuffer(data, dtype=torch.uint8)
-    call = program.graph.call_function(qc.onnx, (program.get("onnx.model"), values), {"op": "model"})
+    how: dict[str, Any] = {"op": "model", "dtype": torch.float32}
+    call = program.graph.call_function(qc.onnx, (program.get("onnx.model"), values), how)
     call.meta["type"] = tuple(types[name] for name in watched.outputs)
     items = []
     for i, name in enumerate(watched.outputs):

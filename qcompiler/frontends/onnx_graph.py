@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.errors import require
+from qcompiler.frontends.onnx_arithmetic import SIZES, Sizes
 from qcompiler.frontends.onnx_model import DTYPES, SMALL, Source, captured, stored_name
 from qcompiler.ops import qc
 from qcompiler.program import Input, Program, Type
 
 aten = torch.ops.aten
 _NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
-Sizes = list[Any]  # integers, and nodes that give one
 
 
 class Builder:
@@ -38,6 +38,7 @@ class Builder:
         self.small |= {n: a for n, a in self.constants.items() if a.nbytes <= SMALL}
         self.turned = _turned(graph, self.stored)
         self.values: dict[str, fx.Node] = {}
+        self.same: dict[Any, fx.Node] = {}  # small constants by what they hold
         self.origin: dict[fx.Node, int] = {}
         self.program = Program(fx.Graph(), {}, (), ())
         self.place = ""
@@ -57,6 +58,15 @@ class Builder:
         key = stored_name(name)
         self.program.tensors.setdefault(key, value)
         return self.program.get(key)
+
+    def constant(self, name: str, value: Tensor) -> fx.Node:
+        """A get_attr node of a Constant; small ones that are equal are one."""
+        if value.nbytes > SMALL:
+            return self.tensor(name, value)
+        key = (value.dtype, tuple(value.shape), value.numpy().tobytes())
+        if key not in self.same:
+            self.same[key] = self.tensor(name, value)
+        return self.same[key]
 
     def value(self, name: str) -> fx.Node:
         """The node that gives the value `name`."""
@@ -95,7 +105,7 @@ class Builder:
         model = self.single(node, fed, [n for n in needed if n not in fed])
         data = torch.frombuffer(bytearray(model.SerializeToString()), dtype=torch.uint8)
         stored = self.tensor(f"onnx.{index}.{node.op_type}", data)
-        whole = self.emit(qc.onnx, stored, [self.value(n) for n in fed], op=node.op_type)
+        whole = self.emit(qc.onnx, stored, [self.value(n) for n in fed], op=node.op_type, dtype=torch.float32)
         outputs = [name for name in node.output if name]
         self.origin[whole] = index
         whole.meta["type"] = tuple(self.types[name] for name in outputs)
@@ -143,7 +153,7 @@ class Builder:
         node = self.producers.get(name)
         if node is None or node.domain not in ("", "ai.onnx"):
             return None
-        reader = _SIZES.get(node.op_type)
+        reader = SIZES.get(node.op_type)
         return reader(self, Call(self, node)) if reader else None
 
 
@@ -174,6 +184,25 @@ class Call:
     def inputs(self) -> list[fx.Node]:
         """All inputs that are there."""
         return [self.builder.value(name) for name in self.proto.input if name]
+
+    def operands(self, swap: bool = False) -> list[Any]:
+        """Both inputs, the second as a plain number if it is a constant one; if they may `swap`, the first as well."""
+        names = list(self.proto.input)
+        if swap and self._number(names[0]) is not None and self._number(names[1]) is None:
+            names.reverse()
+        number = self._number(names[1])
+        inner = self.builder.types.get(names[0])
+        small = self.builder.small.get(names[1])
+        fits = inner is not None and small is not None and small.ndim <= inner.rank
+        return [self.builder.value(names[0]), number if number is not None and fits else self.builder.value(names[1])]
+
+    def _number(self, name: str) -> Any:
+        small = self.builder.small.get(name)
+        return small.reshape(-1)[0].item() if small is not None and small.size == 1 and small.dtype != bool else None
+
+    def number(self, i: int) -> Any:
+        """Input `i` as a plain number if it is a constant one."""
+        return self._number(self.name(i)) if self.has(i) else None
 
     def has(self, i: int) -> bool:
         """Whether input `i` is given."""
@@ -285,73 +314,3 @@ def _turned(graph: Any, stored: Mapping[str, Tensor]) -> set[str]:
             (wanted if product and i == 1 else other).add(name)
         other.update(captured(node))
     return {n for n in wanted - other if n in stored and stored[n].dim() == 2 and stored[n].dtype.is_floating_point}
-
-
-def _shape_sizes(builder: Builder, call: Call) -> Sizes | None:
-    rank = call.rank(0)
-    start, end, _ = slice(call.attribute("start", 0), call.attribute("end", rank)).indices(rank)
-    return [call.size(0, i) for i in range(start, end)]
-
-
-def _gather_sizes(builder: Builder, call: Call) -> Sizes | None:
-    known, index = call.sizes(0), call.constant(1)
-    if known is None or index is None or index.ndim > 1:
-        return None
-    places = [int(i) for i in index.reshape(-1)]
-    return [known[i] for i in places] if all(-len(known) <= i < len(known) for i in places) else None
-
-
-def _slice_sizes(builder: Builder, call: Call) -> Sizes | None:
-    known = call.sizes(0)
-    bounds = [call.listed(name, i, since=10) for name, i in (("starts", 1), ("ends", 2))]
-    steps = call.constant(4)
-    if known is None or None in bounds or (call.has(4) and (steps is None or int(steps.reshape(-1)[0]) < 1)):
-        return None
-    step = 1 if steps is None else int(steps.reshape(-1)[0])
-    return known[bounds[0][0] : bounds[1][0] : step]  # type: ignore[index]
-
-
-def _concat_sizes(builder: Builder, call: Call) -> Sizes | None:
-    parts = [builder.sizes(name) for name in call.proto.input]
-    return None if any(p is None for p in parts) else [size for part in parts if part is not None for size in part]
-
-
-def _same_sizes(builder: Builder, call: Call) -> Sizes | None:
-    return call.sizes(0)
-
-
-def _arithmetic(function: Any) -> Any:
-    def sizes(builder: Builder, call: Call) -> Sizes | None:
-        a, b = call.sizes(0), call.sizes(1)
-        if a is None or b is None or (len(a) != len(b) and 1 not in (len(a), len(b))):
-            return None
-        length = max(len(a), len(b))
-        pairs = list(zip(a * (length // len(a)), b * (length // len(b)), strict=True)) if a and b else []
-        if function is operator.floordiv and any(isinstance(v, int) and v <= 0 for pair in pairs for v in pair):
-            return None  # ONNX divides towards zero
-        return [
-            function(x, y) if isinstance(x, int) and isinstance(y, int) else builder.emit(function, x, y)
-            for x, y in pairs
-        ]
-
-    return sizes
-
-
-def _cast_sizes(builder: Builder, call: Call) -> Sizes | None:
-    return call.sizes(0) if call.attribute("to", 0) in (6, 7) else None
-
-
-_SIZES = {
-    "Shape": _shape_sizes,
-    "Gather": _gather_sizes,
-    "Slice": _slice_sizes,
-    "Concat": _concat_sizes,
-    "Cast": _cast_sizes,
-    "Identity": _same_sizes,
-    "Squeeze": _same_sizes,
-    "Unsqueeze": _same_sizes,
-    "Add": _arithmetic(operator.add),
-    "Sub": _arithmetic(operator.sub),
-    "Mul": _arithmetic(operator.mul),
-    "Div": _arithmetic(operator.floordiv),
-}

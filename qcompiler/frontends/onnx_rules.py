@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
 from qcompiler.errors import No
 from qcompiler.frontends.onnx_graph import Call
@@ -37,7 +38,19 @@ def _binary(target: Any, integers: Any = None) -> Callable[[Call], Made]:
             return (
                 integers(call) if not isinstance(integers, torch._ops.OpOverload) else call.emit(integers, *call.inputs)
             )
-        return call.emit(target, *call.inputs)
+        return call.emit(target, *call.operands(swap=target in _COMMUTE))
+
+    return rule
+
+
+_COMMUTE = (aten.add.Tensor, aten.mul.Tensor)
+
+
+def _compare(target: Any) -> Callable[[Call], Made]:
+    """A comparison, of tensors only."""
+
+    def rule(call: Call) -> Made:
+        return call.emit(target, *call.inputs) if call.opset >= 7 else No("broadcasting before opset 7")
 
     return rule
 
@@ -63,7 +76,10 @@ def _int_div(call: Call) -> Made:
 def _pow(call: Call) -> Made:
     if call.dtype(0) != call.dtype(1):
         return No("base and exponent of different types")
-    return _binary(aten.pow.Tensor_Tensor)(call)
+    base, exponent = call.operands()
+    if isinstance(exponent, fx.Node):
+        return _binary(aten.pow.Tensor_Tensor)(call)
+    return call.emit(aten.pow.Tensor_Scalar, base, int(exponent) if exponent == int(exponent) else exponent)
 
 
 def _mod(call: Call) -> Made:
@@ -77,6 +93,9 @@ def _gelu(call: Call) -> Made:
 def _clip(call: Call) -> Made:
     if call.opset < 11:
         return call.emit(aten.clamp.default, call.value(0), call.attribute("min", None), call.attribute("max", None))
+    known = [call.number(i) for i in (1, 2)]
+    if all(number is not None or not call.has(i) for i, number in zip((1, 2), known, strict=True)):
+        return call.emit(aten.clamp.default, call.value(0), *known) if known != [None, None] else call.inputs[0]
     low, high = call.value(1), call.value(2)
     return call.value(0) if low is None and high is None else call.emit(aten.clamp.Tensor, call.value(0), low, high)
 
@@ -277,11 +296,11 @@ RULES: dict[str, Callable[[Call], Made]] = {
     "Div": _binary(aten.div.Tensor, _int_div),
     "Pow": _pow,
     "Mod": _mod,
-    "Equal": _binary(aten.eq.Tensor),
-    "Less": _binary(aten.lt.Tensor),
-    "LessOrEqual": _binary(aten.le.Tensor),
-    "Greater": _binary(aten.gt.Tensor),
-    "GreaterOrEqual": _binary(aten.ge.Tensor),
+    "Equal": _compare(aten.eq.Tensor),
+    "Less": _compare(aten.lt.Tensor),
+    "LessOrEqual": _compare(aten.le.Tensor),
+    "Greater": _compare(aten.gt.Tensor),
+    "GreaterOrEqual": _compare(aten.ge.Tensor),
     "Max": _many(aten.maximum.default),
     "Min": _many(aten.minimum.default),
     "Sum": _many(aten.add.Tensor),

@@ -1,6 +1,9 @@
 """The ONNX operators that only move, select or make elements, as ATen operators; see `onnx_rules`."""
 
+import math
+import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -65,13 +68,14 @@ def _concat(call: Call) -> Made:
 def _flatten(call: Call) -> Made:
     axis = call.attribute("axis", 1)
     axis = axis + call.rank(0) if axis < 0 else axis
-    front = 1
+    front: Any = 1
     for i in range(axis):
         size = call.size(0, i)
-        if not isinstance(size, int) and axis > 1:
-            return No("dynamic axes in front")
-        front = size if axis == 1 else front * size
-    return call.emit(aten.reshape.default, call.value(0), [front, -1])
+        whole = isinstance(front, int) and isinstance(size, int)
+        front = size if i == 0 else front * size if whole else call.emit(operator.mul, front, size)
+    back = [call.builder.types[call.name(0)].shape[i] for i in range(axis, call.rank(0))]
+    known = math.prod(back) if all(isinstance(size, int) for size in back) else -1
+    return call.emit(aten.reshape.default, call.value(0), [front, known])
 
 
 def _squeeze(call: Call) -> Made:
@@ -158,7 +162,9 @@ def _pad(call: Call) -> Made:
 
 
 def _shape(call: Call) -> Made:
-    return No("shapes are read where they are used")
+    start, end, _ = slice(call.attribute("start", 0), call.attribute("end", None)).indices(call.rank(0))
+    whole = call.emit(aten._shape_as_tensor.default, call.value(0))
+    return whole if (start, end) == (0, call.rank(0)) else call.emit(aten.slice.Tensor, whole, 0, start, end)
 
 
 def _constant_of_shape(call: Call) -> Made:
