@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -134,6 +135,23 @@ def test_the_usual_decoder_has_no_spare_node() -> None:
     lengths = {"ReduceSum": 1, "Sub": 1, "Shape": 1, "Squeeze": 1, "Cast": 2}  # from the padding mask, once
     assert operators(details) == usual | {"QuickGelu": 2, "Mul": 2, "Gather": 2, "RMSNormalization": 1} | lengths
     assert details["refusals"] == []
+
+
+def test_the_most_likely_tokens_are_chosen_in_the_graph() -> None:
+    program = decoder_program()
+    session = replace(EXACT, top=3).lower(program).session  # type: ignore[attr-defined]
+    binding = session.io_binding()
+    for i in session.get_inputs():
+        shape = (2, 2, 0, 16) if "past" in i.name else tuple(IDS.shape)
+        value = {"input_ids": IDS.numpy(), "attention_mask": np.ones(shape, np.int64)}.get(i.name)
+        binding.bind_cpu_input(i.name, np.zeros(shape, np.float32) if value is None else value)
+    binding.bind_output("top_ids")
+    binding.bind_output("top_logits")
+    session.run_with_iobinding(binding)
+    ids, logits = binding.copy_outputs_to_cpu()
+    expected = program(input_ids=IDS)["logits"][:, -1:].topk(3)
+    assert ids.tolist() == expected.indices.tolist()
+    np.testing.assert_allclose(logits, expected.values.numpy(), rtol=1e-5, atol=2e-5)
 
 
 def test_heads_that_group_query_attention_cannot_hold() -> None:

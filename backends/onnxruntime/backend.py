@@ -24,7 +24,9 @@ class OnnxRuntime(Backend):
     `padding` lowers attention in plain operators that take any padding mask, which is slower: wanted only where some
     attention is none of GroupQueryAttention's, whose batches may be padded on the left anyway. `max_positions` is the
     longest sequence that rotary tables are made for, where the model itself is not limited to less. `opset_only`
-    writes operators of the ONNX standard alone, for other runtimes: slower here.
+    writes operators of the ONNX standard alone, for other runtimes: slower here. With `top` k > 0 the graph has the
+    outputs top_ids, int64 [batch, positions, k], the most likely tokens in order, and top_logits too: who binds these
+    alone moves no logits out of it.
     """
 
     name: ClassVar[str] = "onnxruntime"
@@ -33,6 +35,7 @@ class OnnxRuntime(Backend):
     padding: bool = False
     max_positions: int = 8192
     opset_only: bool = False
+    top: int = 0
 
     def available(self) -> Answer:
         """True, or which package is missing."""
@@ -63,7 +66,7 @@ class OnnxRuntime(Backend):
         assert place is not None
         place.mkdir(parents=True, exist_ok=True)
         limit = min(self.max_positions, program.info.get("max_positions") or self.max_positions)
-        export(program, place, Options(self.accuracy_level, self.padding, limit, self.opset_only))
+        export(program, place, Options(self.accuracy_level, self.padding, limit, self.opset_only, self.top))
         runner = OnnxRunner(program, place, self.threads, temporary)
         answer = write_config(program, place, runner.about, runner.inputs) if program.caches else True
         runner.refusals = (answer,) if isinstance(answer, No) else ()

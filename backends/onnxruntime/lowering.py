@@ -30,6 +30,7 @@ class Options:
     padding: bool = False
     max_positions: int = 8192
     opset_only: bool = False
+    top: int = 0
 
 
 Rule = Callable[..., Any]  # (lowering, result type, *arguments in schema order) -> value or list of values

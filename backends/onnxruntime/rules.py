@@ -3,6 +3,8 @@
 import collections
 from pathlib import Path
 
+import onnx_ir as ir
+import torch
 from torch import fx
 
 from qcompiler.backends.onnxruntime import (
@@ -18,9 +20,10 @@ from qcompiler.backends.onnxruntime import (
 )
 from qcompiler.backends.onnxruntime.decoder import group_query
 from qcompiler.backends.onnxruntime.fusions import skip_norm
+from qcompiler.backends.onnxruntime.graph import dtype_of, sizes_of, typed
 from qcompiler.backends.onnxruntime.lowering import SCALAR, Fusion, Lowering, Options, Rule, Unsupported, operator_name
 from qcompiler.errors import BackendError
-from qcompiler.program import Program
+from qcompiler.program import Program, Type
 from qcompiler.target import Answer
 
 RULES: dict[str, Rule] = {
@@ -42,6 +45,7 @@ def export(program: Program, folder: Path, options: Options) -> None:
     low = Lowering(program, options, RULES, {} if options.opset_only else FUSIONS)
     try:
         outputs = low.run()
+        outputs |= most_likely(low, outputs["logits"]) if options.top and "logits" in outputs else {}
     except Unsupported as error:
         where = low.node.name if low.node is not None else ""
         raise BackendError(
@@ -57,6 +61,17 @@ def export(program: Program, folder: Path, options: Options) -> None:
     inline = program.info.get("frontend") == "onnx"  # one file became one file
     metadata = program.info.get("onnx", {}).get("metadata")
     low.graph.save(folder, list(low.inputs.values()), outputs, about, metadata, inline)
+
+
+def most_likely(low: Lowering, logits: ir.Value) -> dict[str, ir.Value]:
+    """The tokens with the largest logits, and these."""
+    count = low.options.top
+    top, ids = low.ops("TopK", logits, [count], outputs=2, axis=-1, largest=1, sorted=1)
+    sizes = (*sizes_of(logits)[:-1], count)
+    return {
+        "top_ids": typed(ids, Type(sizes, torch.int64)),
+        "top_logits": typed(top, Type(sizes, dtype_of(logits))),
+    }
 
 
 def shares_cache(low: Lowering) -> bool:

@@ -18,6 +18,7 @@ from qcompiler.padding import Shift
 from qcompiler.program import Program, Type
 from qcompiler.target import NO_CACHE, Answer, Decoder, GrowingDecoder, Runner
 
+SPINNING = "session.intra_op.allow_spinning"
 DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -37,7 +38,7 @@ def open_session(path: Path, threads: int | None) -> ort.InferenceSession:
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry(SPINNING, "1")
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises classes of its own, without a common parent
@@ -178,8 +179,14 @@ class OnnxRunner(Runner):
 
     def details(self) -> dict[str, Any]:
         """Threads, version, operators by count, kernels and refusals."""
-        threads = self.session.get_session_options().intra_op_num_threads
-        return {"onnxruntime": ort.__version__, "threads": threads, **self.about}
+        options = self.session.get_session_options()
+        session = {
+            "threads": options.intra_op_num_threads,
+            "spinning": options.get_session_config_entry(SPINNING) == "1",
+            "memory_arena": options.enable_cpu_mem_arena,
+            "weights": "memory-mapped, then packed for the kernels",
+        }
+        return {"onnxruntime": ort.__version__, **session, **self.about}
 
 
 def as_numpy(tensor: Tensor) -> Any:
