@@ -10,7 +10,7 @@ ARGS    ?=
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test lint types bench bench-quality kernels-check architectures decoder bless clean
+.PHONY: help dev demo test lint types bench bench-quality bench-cpu kernels-check architectures decoder bless clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ bench-quality: decoder  ## perplexity by method and configuration, into docs/qua
 	$(PY) benchmarks/methods.py $(ARGS)
 	$(PY) benchmarks/rptq.py $(ARGS)
 	$(PY) benchmarks/methods.py --model build/decoder --text build/decoder/held_out.txt
+
+bench-cpu: dev  ## decoders on this CPU against other engines: ARGS="--ours NAME=FOLDER --llama PYTHON=FILE ..."
+	$(PY) benchmarks/cpu.py $(ARGS)
 
 kernels-check: dev  ## compile every kernel without a GPU; registers, spills and instructions into benchmarks/results
 	$(PY) benchmarks/sass.py $(ARGS)

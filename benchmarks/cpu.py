@@ -14,11 +14,14 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common import write
+from cpu_page import write_page
 
 PEERS = Path(__file__).parent / "peers"
 SCRIPTS = {
@@ -39,6 +42,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--long", action="store_true", help="also decode behind 2048 positions (ours only)")
+    parser.add_argument("--text", type=Path, help="also perplexity on this text, ours and --llama's")
+    parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--name", default="cpu", help="of the file in results/")
     options = parser.parse_args()
 
@@ -56,11 +61,25 @@ def main() -> None:
             figures["engines"][name][f"{what}_tokens_per_s"] = spread(found)
     for name, engine in engines.items():
         figures["engines"][name] |= {"load_s": round(engine.load_s, 2), "peak_rss_mb": engine.peak}
+        if engine.long_peak:
+            figures["engines"][name]["long_peak_rss_mb"] = engine.long_peak
         engine.close()
     figures |= {"against": {name: against(name, samples, figures["engines"], list(ours)) for name in ours}}
+    speed = bandwidth()
+    figures["bandwidth_gb_s"] = round(speed / 1e9, 1)
+    for name, folder in ours.items():
+        read = (Path(folder) / "model.onnx.data").stat().st_size  # all of it once a token: the embedding is the head
+        pace = figures["engines"][name]["decode_tokens_per_s"]["median"]
+        figures["engines"][name]["mb_a_token"] = round(read / 1e6, 1)
+        figures["against"][name]["bandwidth_fraction"] = round(read * pace / speed, 3)
+    if options.text:
+        figures |= {"text": options.text.name, "windows": options.windows}
+        for name, found in perplexities(options, ours).items():
+            figures["engines"][name]["perplexity"] = round(found, 3)
     figures |= next(iter(figures["against"].values()))  # the first of ours, under the keys that people look for
     print(json.dumps(figures, indent=1))
     print("written to", write(options.name, figures))
+    write_page()
 
 
 class Engine:
@@ -70,7 +89,7 @@ class Engine:
         script, *rest = SCRIPTS[kind]
         command = [python, str(PEERS / script), model, *rest, "--threads", str(threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-        self.load_s, self.peak = 0.0, 0.0
+        self.load_s, self.peak, self.long_peak = 0.0, 0.0, 0.0
         greeting = self._answer()
         self.load_s = float(greeting.get("load_s") or greeting.get("load_seconds") or 0.0)
 
@@ -80,7 +99,10 @@ class Engine:
         self.process.stdin.write(command + "\n")
         self.process.stdin.flush()
         found = self._answer()
-        self.peak = found["peak_rss_mb"] if command != "long" else self.peak
+        if command == "long":
+            self.long_peak = found["peak_rss_mb"]
+        else:
+            self.peak = found["peak_rss_mb"]
         return float(found["tokens_per_s"])
 
     def _answer(self) -> dict[str, Any]:
@@ -125,6 +147,39 @@ def against(
             found[f"{what}_vs_genai"] = ratio(paces[mine], paces[SHOWN["genai"]])
     if "long" in samples and mine != ours[0]:
         found[f"decode_at_2048_vs_{ours[0]}"] = ratio(samples["long"][mine], samples["long"][ours[0]])
+    return found
+
+
+def bandwidth() -> float:
+    """Bytes a second that two threads read from memory: the best of ten passes over 512 MB."""
+    import torch
+
+    block = torch.ones(2**27)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - start)
+    return block.nbytes / min(times)
+
+
+def perplexities(options: argparse.Namespace, ours: dict[str, str]) -> dict[str, float]:
+    """Of our folders by our session, of llama.cpp's file by llama.cpp, over the same windows of 512 tokens."""
+    import qcompiler
+    from qcompiler.evaluate import encode, perplexity
+
+    sessions = {name: qcompiler.load(folder) for name, folder in ours.items()}
+    tokens = encode(next(iter(sessions.values())).tokenizer, options.text.read_text(encoding="utf-8"))
+    found = {name: perplexity(session, tokens, 512, options.windows) for name, session in sessions.items()}
+    if options.llama:
+        python, model = options.llama.split("=", 1)
+        with tempfile.TemporaryDirectory() as folder:
+            lines = Path(folder, "windows.jsonl")
+            rows = tokens[: 512 * options.windows].view(-1, 512).tolist()
+            lines.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+            command = [python, str(PEERS / "llama_cpp_bench.py"), model, "--evaluate", str(lines), "--repeat", "1"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[SHOWN["llama"]] = json.loads(done.stdout.splitlines()[-1])["evaluate"]["perplexity"]
     return found
 
 

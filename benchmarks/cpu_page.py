@@ -1,0 +1,88 @@
+"""docs/performance.md, from results/cpu.json and cpu_cache.json.
+
+python benchmarks/cpu_page.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+from common import results
+
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+HEAD = """\
+# Performance on a CPU
+
+Written by `make bench-cpu`; the figures are those of `benchmarks/results/cpu.json`. SmolLM2-135M, two threads on
+{cpu}, every engine in a process of its own, all alternating in one run of {rounds} rounds: medians, and medians of the
+ratios by round. Prefill reads 512 tokens, decode writes 128 behind 16."""
+CACHE = """\
+## A cache of codes
+
+The same program with a cache of floats and one of 8-bit codes (a static scale a channel), 128 tokens written behind
+2048."""
+WHERE = """\
+## Where the time goes
+
+A token of decoding reads {mb:.0f} MB of weights: {share:.0%} of the bandwidth that two threads reach here
+({bandwidth:.1f} GB/s). The rest is unpacking and scaling 4-bit codes (a block of 32 takes a thread two thirds of its
+bandwidth even in large matrices), some 300 operators that each take a few microseconds to start, and attention, whose
+nine heads do not divide evenly among threads."""
+BARS = {
+    "decode_vs_llama_cpp": ("decode, against the faster llama.cpp", 1.15, True),
+    "prefill_vs_llama_cpp": ("prefill, against the faster llama.cpp", 1.5, True),
+    "peak_memory_vs_llama_cpp": ("peak memory, against the same", 1.15, False),
+    "decode_vs_genai": ("decode, against the model builder of onnxruntime-genai", 1.4, True),
+}
+
+
+def write_page() -> None:
+    """Write the page from what was measured."""
+    figures = results("cpu")
+    if not figures:
+        return
+    parts = [HEAD.format(cpu=figures["machine"]["cpu"], rounds=figures["rounds"]), "\n".join(_engines(figures))]
+    parts += ["\n".join(_bars(figures))]
+    first = next(iter(figures["against"]))
+    share, mb = figures["against"][first]["bandwidth_fraction"], figures["engines"][first]["mb_a_token"]
+    parts.append(WHERE.format(mb=mb, share=share, bandwidth=figures["bandwidth_gb_s"]))
+    if cache := results("cpu_cache"):
+        parts += [CACHE, "\n".join(_cache(cache))]
+    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _engines(figures: dict[str, Any]) -> list[str]:
+    lines = ["| engine | prefill, tokens/s | decode, tokens/s | load, s | peak memory, MB | perplexity |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, found in figures["engines"].items():
+        paces = [_spread(found[f"{what}_tokens_per_s"]) for what in ("prefill", "decode")]
+        quality = f"{found['perplexity']:.2f}" if "perplexity" in found else ""
+        cells = [name, *paces, f"{found['load_s']:.2f}", f"{found['peak_rss_mb']:.0f}", quality]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _spread(found: dict[str, float]) -> str:
+    return f"{found['median']:.0f} ({found['worst']:.0f} to {found['best']:.0f})"
+
+
+def _bars(figures: dict[str, Any]) -> list[str]:
+    names = list(figures["against"])
+    lines = ["| ratio | wanted | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for key, (words, bar, above) in BARS.items():
+        cells = [figures["against"][name].get(key) for name in names]
+        if any(cell is not None for cell in cells):
+            shown = ["" if cell is None else f"{cell:.2f}" for cell in cells]
+            lines.append(f"| {words} | {'at least' if above else 'at most'} {bar:g} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _cache(figures: dict[str, Any]) -> list[str]:
+    lines = ["| cache | decode, tokens/s | peak memory at 2048, MB |", "|---|---|---|"]
+    for name, found in figures["engines"].items():
+        pace = _spread(found["long_tokens_per_s"])
+        lines.append(f"| {name} | {pace} | {found.get('long_peak_rss_mb', 0):.0f} |")
+    return lines
+
+
+if __name__ == "__main__":
+    write_page()
