@@ -111,6 +111,7 @@ def norm_quantize_kernel(
             normed,
             there,
             begin + j,
+            0,
             token,
             tokens,
             grid,

@@ -10,12 +10,16 @@ from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
 from qcompiler.report import LayerRecord
+from qcompiler.rounding import float8_weight
 from qcompiler.scheme import QTensor, Scheme
 
 
 @dataclass(frozen=True)
 class Rtn(Pass):
-    """Round each weight of the selected linear layers to the nearest code of its group's minimum-maximum grid."""
+    """Round each weight of the selected linear layers to the nearest code of its group's minimum-maximum grid.
+
+    With fp8 (`fp8:channel`), to the nearest float of 8 bits (e4m3), scaled by the group's largest magnitude.
+    """
 
     name: ClassVar[str] = "rtn"
     contract: ClassVar[Contract] = Contract.LOSSY
@@ -34,7 +38,8 @@ class Rtn(Pass):
             if weight.dim() != 2:
                 ctx.refuse(No(f"the weight has {weight.dim()} dimensions, not 2", name))
                 continue
-            q = QTensor.quantize(weight, self.scheme)
+            rounded = float8_weight if self.scheme.code == "fp" else QTensor.quantize
+            q = rounded(weight, self.scheme)
             ctx.layer(layer_record(name, weight, q, self.name))
             program.quantize_tensor(name, q)
             done += 1
