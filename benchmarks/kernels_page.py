@@ -5,12 +5,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qcompiler.kernels import linear_a8, linear_gguf, linear_nf4, linear_wq
+from qcompiler.kernels import linear_a8, linear_float8, linear_gguf, linear_nf4, linear_wq
 from qcompiler.target import Kernel
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "kernels.md"
-KERNELS: tuple[Kernel, ...] = (linear_wq.KERNEL, linear_nf4.KERNEL, linear_gguf.KERNEL, linear_a8.W4A8, linear_a8.W8A8)
+KERNELS: tuple[Kernel, ...] = (
+    linear_wq.KERNEL,
+    linear_nf4.KERNEL,
+    linear_gguf.KERNEL,
+    linear_a8.W4A8,
+    linear_a8.W8A8,
+    linear_float8.W4F8,
+    linear_float8.W8F8,
+)
 TARGETS = {"sm_80": "A100", "sm_90": "H100, H200", "sm_100": "B200"}
 
 INTRODUCTION = """# Kernels
@@ -22,7 +30,8 @@ against the meanings in `qcompiler/ops.py`.
 
 ## What they accept
 
-A kernel answers for each weight, and a no says which of these conditions was not met.
+A kernel answers for each weight, and a no says which of these conditions was not met. Those of fp8 need compute
+capability 8.9.
 
 """
 CODE = """

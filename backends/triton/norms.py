@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from qcompiler.kernels.norm_quantize import NormQuantize
 from qcompiler.kernels.operators import qct
+from qcompiler.kernels.quantize import code_dtypes
 from qcompiler.kernels.records import split
 from qcompiler.ops import qc
 from qcompiler.program import Program, Type
@@ -47,7 +48,8 @@ def counted(program: Program, node: fx.Node) -> int:
     """Of how many columns an integer layer needs the sums of its input's codes; 0 is none."""
     weight = program.qtensor(str(node.args[1][0].target).partition("::")[0])  # type: ignore[index,union-attr]
     kind = activation_scheme(str(node.kwargs["scheme"]))
-    return 0 if weight.zero is None else run_length(weight.scheme, kind, weight.columns)
+    centered = weight.zero is None if kind.code == "int" else weight.codebook is not None
+    return 0 if centered else run_length(weight.scheme, kind, weight.columns)
 
 
 def codes_of_norm(node: fx.Node) -> tuple[fx.Node, ...] | None:
@@ -75,8 +77,9 @@ def _fuse(program: Program, node: fx.Node, readers: list[fx.Node], run: int = 0)
         parts, spec = split(norm)
         stored = [program.store(f"{node.name}::norm{i}", part, like=node) for i, part in enumerate(parts)]
         lead, runs = kind.shape[:-1], -(-kind.shape[-1] // run) if run else 0
-        sums = Type((runs, *lead), torch.int32)
-        types = (Type(kind.shape, torch.int8), *[Type(lead, torch.float32)] * 2, sums, kind)
+        rounded, summed = code_dtypes(activation_scheme(norm.scheme))
+        sums = Type((runs, *lead), summed)
+        types = (Type(kind.shape, rounded), *[Type(lead, torch.float32)] * 2, sums, kind)
         args = (*(x.args if whole else (x, None)), stored)
         called = program.call(qct.norm_quantize, args, {"spec": spec}, like=node, type=types)
         pieces = [program.call(operator.getitem, (called, i), like=node, type=types[i]) for i in range(5)]
