@@ -73,6 +73,19 @@ def test_the_page_says_what_the_file_says(monkeypatch: pytest.MonkeyPatch) -> No
     assert page.PAGE.read_text(encoding="utf-8") == page.page(found), "make kernels-check writes docs/kernels.md"
 
 
+def test_the_page_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    page = importlib.import_module("kernels_page")
+    assert page.measured(tmp_path).startswith("Not measured")
+    row = {"name": "W4A16", "shape": [256, 512], "tokens": 1, "microseconds": 2.5}
+    rows = [row | {"of_bandwidth": 0.5, "of_rate": 0.1, "times_bf16": None}]
+    (tmp_path / "kernels.json").write_text(json.dumps({"gpu": "A GPU", "rows": rows}), encoding="utf-8")
+    assert page.measured(tmp_path).endswith("| W4A16 | 256x512 | 1 | 2.5 | 0.5 | 0.1 |  |\n")
+    models = [{"model": "1B", "batch": 1, "recipe": "W4A16", "tokens_per_second": 10.5, "times_bf16": 1.5}]
+    (tmp_path / "kernel_models.json").write_text(json.dumps({"gpu": "A GPU", "rows": models}), encoding="utf-8")
+    assert page.measured(tmp_path).endswith("| 1B | 1 | W4A16 | 10.5 | 1.5 |\n")
+
+
 def test_faults_are_named() -> None:
     build = Build("some", None, {}, {}, handled=128, budget=2.0)
     spoilt = Reading(255, 8, 10**6, 300, 2.5, 0, 3)
