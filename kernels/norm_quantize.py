@@ -16,6 +16,7 @@ from torch import Tensor
 from qcompiler.kernels.cost import H200, Cost, Device, device_of
 from qcompiler.kernels.quantize import Quantized, constants, grid_of_channels, programs, spread, store_codes, warps_of
 from qcompiler.kernels.sass import Build
+from qcompiler.rounding import activation_scheme
 
 
 @triton.jit
@@ -160,7 +161,7 @@ class NormQuantize:
         run: int = 0,
     ) -> "NormQuantize":
         """From what qc.reordered_norm and qc.fake_quantize are given: weight and bias in the order of x."""
-        parts = spread(grid, scheme, weight.shape[0])
+        scale, zero = spread(grid, scheme, weight.shape[0]) or (None, None)
         chosen = slice(None) if order is None else order.long()
         return cls(
             kind,
@@ -169,7 +170,8 @@ class NormQuantize:
             weight[chosen].contiguous(),
             None if bias is None else bias[chosen].contiguous(),
             None if order is None else order.int(),
-            *(parts or (None, None)),
+            scale,
+            zero,
             run,
         )
 
@@ -207,12 +209,13 @@ class NormQuantize:
 def build(kind: str, scheme: str, width: int, residual: bool, reordered: bool) -> Build:
     """What is compiled for a norm of `width` channels in bfloat16."""
     extra = f"{' + residual' if residual else ''}{' reordered' if reordered else ''}"
+    code = "*fp8e4nv" if activation_scheme(scheme).code == "fp" else "*i8"
     return Build(
         name=f"norm_quantize {kind} {scheme} {width}{extra}",
         kernel=norm_quantize_kernel,
         arguments=dict.fromkeys(("x", "residual", "weight", "bias", "added"), "*bf16")
         | dict.fromkeys(("scale", "zero", "token_scale", "token_zero"), "*fp32")
-        | {"order": "*i32", "codes": "*i8", "sums": "*i32", "tokens": "i32", "eps": "fp32"},
+        | {"order": "*i32", "codes": code, "sums": "*i32", "tokens": "i32", "eps": "fp32"},
         constants={
             "CENTERED": kind == "layer",
             "HAS_RESIDUAL": residual,
@@ -231,3 +234,5 @@ def builds(device: Device = H200) -> Iterator[Build]:
         yield build("layer", "int8:g128:asym", width, residual=False, reordered=True)
         yield build("rms", "int8:token:dynamic", width, residual=True, reordered=False)
         yield build("rms", "int8:token:asym:dynamic", width, residual=True, reordered=True)
+        if device.capability >= 89:
+            yield build("rms", "fp8:token:dynamic", width, residual=True, reordered=False)

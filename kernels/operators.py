@@ -184,9 +184,9 @@ def run_attend(
 
 def _shaped(found: Quantized, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a kernel made of the rows of x [..., k], as x has them: codes, scale, zero, sums."""
-    token = [_nothing(x) if part is None else part.view(x.shape[:-1]) for part in (found.scale, found.zero)]
+    scale, zero = (_nothing(x) if part is None else part.view(x.shape[:-1]) for part in (found.scale, found.zero))
     sums = _nothing(x) if found.sums is None else found.sums.view(-1, *x.shape[:-1])
-    return found.codes.view(x.shape), *token, sums
+    return found.codes.view(x.shape), scale, zero, sums
 
 
 def _rounded(x: Tensor, grid: Sequence[Tensor], kind: Scheme, run: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

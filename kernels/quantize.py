@@ -244,7 +244,8 @@ def cost(tokens: int, width: int) -> Cost:
 
 def warps_of(width: int) -> int:
     """So many that a thread holds 8 channels, which is one load, and what belongs to them."""
-    return max(1, min(16, triton.next_power_of_2(width) // 256))
+    block: int = triton.next_power_of_2(width)
+    return max(1, min(16, block // 256))
 
 
 def programs(width: int, device: Device) -> int:

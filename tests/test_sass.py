@@ -55,7 +55,9 @@ def test_every_width_keeps_its_budget_on_hopper(bits: int) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "linear_w4a8 run=128 int8:token:dynamic 14336x4096 M=16",
+        "linear_w4a8*run=128 int8:token*dynamic 14336x4096 M=16",
+        "linear_w4f8 run=128 * M=16",
+        "quantize int8:g128:asym *",
         "linear_nf4 nf4:g64:sym fp16 14336x4096 M=16",
         "linear_gguf Q?_K fp16 14336x4096 M=16",
         "attention_kvq int[34]:token* fp16 d=128 group=8",
