@@ -5,7 +5,7 @@ come in, codes of 8 bits or fewer go out, the sum of both for the next residual 
 the processor's own cache, where the row already is; nothing is gathered in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qcompiler.kernels.cost import H200, Cost, Device, device_of
-from qcompiler.kernels.quantize import Quantized, constants, grid_of_channels, programs, spread, store_codes, warps_of
+from qcompiler.kernels.quantize import Quantized, constants, grid_of_channels, programs, store_codes, warps_of
 from qcompiler.kernels.sass import Build
-from qcompiler.rounding import activation_scheme
+from qcompiler.rounding import activation_scheme, group_size
 
 
 @triton.jit
@@ -127,6 +127,16 @@ def norm_quantize_kernel(
             RUNS,
             MAGIC,
         )
+
+
+def spread(grid: Sequence[Tensor], scheme: str, width: int) -> list[Tensor]:
+    """Scale and zero point of a static grid for each of `width` channels, float32; of a dynamic one nothing."""
+    kind = activation_scheme(scheme)
+    size = group_size(kind, width)
+    parts = [part.float().reshape(-1).repeat_interleave(size)[:width].contiguous() for part in grid]
+    if len(parts) == 1:
+        parts.append(torch.full_like(parts[0], kind.levels >> 1))
+    return parts
 
 
 @dataclass(frozen=True, eq=False)

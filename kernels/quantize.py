@@ -30,10 +30,10 @@ def divide(x, y, inverse):
 
 
 @triton.jit
-def grid_of_channels(scale, zero, j, there):
-    """Step, its inverse and middle of a static grid at places j, of scale and zero [width]."""
-    step = tl.load(scale + j, mask=there, other=1.0)
-    middle = tl.load(zero + j, mask=there, other=0.0)
+def grid_of_channels(scale, zero, at, there):
+    """Step, its inverse and middle of a static grid at places `at` of scale and zero."""
+    step = tl.load(scale + at, mask=there, other=1.0).to(tl.float32)
+    middle = tl.load(zero + at, mask=there, other=0).to(tl.float32)
     return step, tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step), middle
 
 
@@ -117,6 +117,7 @@ def quantize_kernel(
     token_zero,
     sums,
     tokens,
+    GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -128,12 +129,15 @@ def quantize_kernel(
 ):
     """Rows i, i + programs, ... of x [tokens, WIDTH], of those the j-th BLOCK columns, for program (i, j).
 
-    Codes [tokens, WIDTH], and what `store_codes` stores beside; scale and zero [WIDTH].
+    Codes [tokens, WIDTH], and what `store_codes` stores beside; scale and zero are those of each GROUP columns.
     """
     part = tl.program_id(1)
     j = part * BLOCK + tl.arange(0, BLOCK)
     there = j < WIDTH
-    grid = (1.0, 1.0, 0.0) if DYNAMIC else grid_of_channels(scale, zero, j, there)
+    grid = (1.0, 1.0, 0.0)
+    if not DYNAMIC:
+        step, inverse, middle = grid_of_channels(scale, scale if SYMMETRIC else zero, j // GROUP, there)
+        grid = step, inverse, (step * 0.0 + LEVELS // 2 if SYMMETRIC else middle)
     for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0)):
         begin = tl.cast(token, tl.int64) * WIDTH
         row = tl.load(x + begin + j, mask=there, other=0.0).to(tl.float32)
@@ -197,16 +201,6 @@ def code_dtypes(kind: Scheme) -> tuple[torch.dtype, torch.dtype]:
     return (torch.int8, torch.int32) if kind.code == "int" else (E4M3, torch.float32)
 
 
-def spread(grid: Sequence[Tensor], scheme: str, width: int) -> list[Tensor]:
-    """Scale and zero point of a static grid for each of `width` channels, float32; of a dynamic one nothing."""
-    kind = activation_scheme(scheme)
-    size = group_size(kind, width)
-    parts = [part.float().reshape(-1).repeat_interleave(size)[:width].contiguous() for part in grid]
-    if len(parts) == 1:
-        parts.append(torch.full_like(parts[0], kind.levels >> 1))
-    return parts
-
-
 def constants(scheme: str, width: int, run: int, cut: int = 0) -> dict[str, object]:
     """What a launch that rounds rows of `width` fixes, `cut` columns to a program; 0 is all."""
     kind = activation_scheme(scheme)
@@ -223,11 +217,14 @@ def quantize(x: Tensor, grid: Sequence[Tensor], scheme: str, run: int = 0) -> Qu
     `run`, a power of two or at least the width, is the number of columns whose codes are summed up; 0 is none.
     """
     tokens, width = x.shape
-    found, parts = Quantized.room(x, scheme, run), spread(grid, scheme, width) or [x, x]
+    found, scale = Quantized.room(x, scheme, run), grid[0] if grid else x
     cut = columns_of(scheme, width, run)
     launched = min(tokens, programs(cut, device_of(x))), triton.cdiv(width, cut)
     fixed = constants(scheme, width, run, cut)
-    quantize_kernel[launched](x, *parts, *found.outputs(), tokens, **fixed, num_warps=warps_of(cut))
+    fixed["GROUP"] = group_size(activation_scheme(scheme), width)
+    quantize_kernel[launched](
+        x, scale, grid[-1] if grid else x, *found.outputs(), tokens, **fixed, num_warps=warps_of(cut)
+    )
     return found
 
 
@@ -262,7 +259,7 @@ def build(scheme: str, width: int, run: int) -> Build:
         arguments={"x": "*bf16", "codes": "*fp8e4nv" if floats else "*i8", "sums": "*fp32" if floats else "*i32"}
         | dict.fromkeys(("scale", "zero", "token_scale", "token_zero"), "*fp32")
         | {"tokens": "i32"},
-        constants=constants(scheme, width, run, cut),
+        constants=constants(scheme, width, run, cut) | {"GROUP": group_size(activation_scheme(scheme), width)},
         handled=cut,
         warps=warps_of(cut),
     )

@@ -337,6 +337,8 @@ def test_other_formats_get_their_kernels(name: str, interpreted: bool, monkeypat
         f"{W4}, {KV4}, kv_cache",
         "canonicalize, fuse, rtn{scheme=int4:g32}, " + A8 + ", kv_cache",
         "canonicalize, fuse, rtn{scheme=int4:g32}, activations{scheme=int8:g32:asym}, integers, kv_cache",
+        "canonicalize, fuse, rtn{scheme=int4:g32:asym}, " + A8 + ", kv_cache",
+        "canonicalize, fuse, rtn{scheme=fp8:channel}, " + F8 + ", kv_cache",
         (
             "canonicalize, rotate, rptq, rtn{scheme=int4:g32}, activations{scheme=nf4:g32:dynamic}, "
             "kv{key=int4:channel:asym:dynamic block=4 value=int4:g32:asym:dynamic recent=2 first=1}, kv_cache"
