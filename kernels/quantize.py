@@ -137,7 +137,7 @@ def quantize_kernel(
     grid = (1.0, 1.0, 0.0)
     if not DYNAMIC:
         step, inverse, middle = grid_of_channels(scale, scale if SYMMETRIC else zero, j // GROUP, there)
-        grid = step, inverse, (step * 0.0 + LEVELS // 2 if SYMMETRIC else middle)
+        grid = step, inverse, (tl.full(step.shape, LEVELS // 2, tl.float32) if SYMMETRIC else middle)
     for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0)):
         begin = tl.cast(token, tl.int64) * WIDTH
         row = tl.load(x + begin + j, mask=there, other=0.0).to(tl.float32)
