@@ -46,8 +46,8 @@ class PackedFloat8:
         reach = words.shape[1] * (8 // bits) if run < k else 1  # runs that the tiles extend over
         scale, zeros = weight.scale.float().expand(n, groups), None
         if bits == 4:
-            middle = torch.tensor(weight.scheme.levels >> 1) if weight.zero is None else weight.zero
-            zeros = filled(middle.float().expand(n, groups) * LEAST, reach)
+            middle = weight.scheme.levels >> 1 if weight.zero is None else weight.zero.float()
+            zeros = filled(torch.ones_like(scale) * middle * LEAST, reach)
         return cls(
             scheme=weight.scheme,
             activation=activation,

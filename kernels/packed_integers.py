@@ -51,13 +51,13 @@ class PackedIntegers:
         run = run_length(weight.scheme, kind, k)
         width = run if run < k else WIDTH
         steps = weight.unpacked().short() - (weight.scheme.levels >> 1)
-        groups = torch.arange(0, k, run) // weight.scheme.group_of(k)  # of each run
+        groups = torch.arange(0, k, run, device=steps.device) // weight.scheme.group_of(k)  # of each run
         weights = weight.scale.float().expand(n, weight.scheme.groups(k))[:, groups]
         sums = by_group(steps.int(), run).sum(-1, dtype=torch.int32)  # [n, runs]
         zeros = None
         if weight.zero is not None:
             zeros = weight.zero.expand(n, weight.scheme.groups(k))[:, groups].int() - (weight.scheme.levels >> 1)
-            sums = sums - zeros * by_group(torch.ones(1, k, dtype=torch.int32), run).sum(-1, dtype=torch.int32)
+            sums = sums - zeros * by_group(torch.ones_like(steps[:1]), run).sum(-1, dtype=torch.int32)
         scale, zero = _of_runs(kind, grid, k, run)
         starts = sums if kind.dynamic else -sums * zero
         words = tiled(steps, bits, width)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.backends.triton.narrow import narrow
-from qcompiler.backends.triton.norms import codes_of_norm, fuse_norms
+from qcompiler.backends.triton.norms import codes_of_norm, fuse_norms, weight_name
 from qcompiler.errors import No
 from qcompiler.kernels import linear_a8, linear_float8, linear_gguf, linear_nf4, linear_wq
 from qcompiler.kernels.cost import H200, Device, device_at
@@ -79,16 +79,16 @@ def _accepted(found: Lowered) -> dict[fx.Node, Kernel]:
     gpu = gpu_of(found.device)
     refused: dict[str, torch.dtype] = {}
     for node in program.calls(qc.linear, qc.integer_linear):
-        answer = kernel_for(node, program.qtensor(_weight(node)), gpu)
+        answer = kernel_for(node, program.qtensor(weight_name(node)), gpu)
         if isinstance(answer, No):
             found.refusals.append(answer.at(f"triton: {node.meta.get('path', node.name)}"))
             found.count("decoded")
-            refused[_weight(node)] = node.meta["type"].dtype
+            refused[weight_name(node)] = node.meta["type"].dtype
         else:
             taken[node] = answer
     for name, dtype in refused.items():
         program.restore_tensor(name, program.qtensor(name).dequantize().to(dtype))
-    return {node: kernel for node, kernel in taken.items() if _weight(node) not in refused}
+    return {node: kernel for node, kernel in taken.items() if weight_name(node) not in refused}
 
 
 def gpu_of(device: torch.device) -> Device:
@@ -127,7 +127,7 @@ def _activation_suits(scheme: str, weight: QTensor) -> Answer:
 
 def _place(found: Lowered, node: fx.Node, kernel: Kernel, packed: dict[Any, tuple[list[Tensor], str]]) -> None:
     """Put a kernel's operator in the place of a quantized layer."""
-    program, name, integers = found.program, _weight(node), node.target is qc.integer_linear
+    program, name, integers = found.program, weight_name(node), node.target is qc.integer_linear
     grid: Sequence[fx.Node] = node.args[2] if integers else ()  # type: ignore[assignment]
     key = (name, _inner(node), node.kwargs.get("scheme"), tuple(str(part.target) for part in grid))
     if key not in packed:
@@ -146,11 +146,6 @@ def _place(found: Lowered, node: fx.Node, kernel: Kernel, packed: dict[Any, tupl
     else:
         program.replace(node, qct.linear, (node.args[0], stored, *node.args[2:3]), {"spec": spec})
     found.count(kernel.name)
-
-
-def _weight(node: fx.Node) -> str:
-    """The name of a quantized layer's weight."""
-    return str(node.args[1][0].target).partition("::")[0]  # type: ignore[index,union-attr]
 
 
 def _inner(node: fx.Node) -> torch.dtype:

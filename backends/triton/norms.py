@@ -23,9 +23,8 @@ NORMS: dict[Any, str] = {aten.rms_norm.default: "rms", aten.layer_norm.default: 
 def fuse_norms(program: Program, layers: Container[fx.Node]) -> int:
     """Let every norm that feeds only some of these integer layers, of one rounding, store codes; returns how many do.
 
-    Weights with zero points take the sums of runs of codes too, and so must have runs of one length.
-
-    `codes_of_norm` then tells what such a layer reads instead of its input.
+    Weights with zero points take the sums of runs of codes too, and so must have runs of one length. `codes_of_norm`
+    then tells what such a layer reads instead of its input.
     """
     fused = 0
     for node in program.calls(*NORMS):
@@ -46,10 +45,15 @@ def fuse_norms(program: Program, layers: Container[fx.Node]) -> int:
 
 def counted(program: Program, node: fx.Node) -> int:
     """Of how many columns an integer layer needs the sums of its input's codes; 0 is none."""
-    weight = program.qtensor(str(node.args[1][0].target).partition("::")[0])  # type: ignore[index,union-attr]
+    weight = program.qtensor(weight_name(node))
     kind = activation_scheme(str(node.kwargs["scheme"]))
     centered = weight.zero is None if kind.code == "int" else weight.codebook is not None
     return 0 if centered else run_length(weight.scheme, kind, weight.columns)
+
+
+def weight_name(node: fx.Node) -> str:
+    """The name of a quantized layer's weight."""
+    return str(node.args[1][0].target).partition("::")[0]  # type: ignore[index,union-attr]
 
 
 def codes_of_norm(node: fx.Node) -> tuple[fx.Node, ...] | None:
