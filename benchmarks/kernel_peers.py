@@ -52,12 +52,31 @@ def bitsandbytes(n: int, k: int, copies: int) -> Callable[[Tensor], list[Launch]
     return lambda x: [partial(multiply, x.bfloat16(), codes.t(), quant_state=state) for codes, state in packed]
 
 
+def marlin(modules: tuple[str, str, str], n: int, k: int, copies: int) -> Callable[[Tensor], list[Launch]]:
+    """Marlin: groups of 128, symmetric, float16.
+
+    vLLM carries it, and GPTQModel, which builds it with nvcc at first use; `modules` hold the repacking, the product,
+    and the names of code types.
+    """
+    ops, product, types = (importlib.import_module(name) for name in modules)
+    none = torch.empty(0, dtype=torch.int32, device="cuda")
+    scales = torch.rand(k // GROUP, n, dtype=torch.float16, device="cuda")
+    space = product.marlin_make_workspace_new(torch.device("cuda"))
+    codes = [torch.randint(-(2**31), 2**31, (k // 8, n), dtype=torch.int32, device="cuda") for _ in range(copies)]
+    weights = [ops.gptq_marlin_repack(part, none, k, n, 4) for part in codes]
+    rest = (scales, none, none, none, space, types.scalar_types.uint4b8, n, k, True)
+    return lambda x: [partial(product.apply_gptq_marlin_linear, x.half(), weight, *rest) for weight in weights]
+
+
+VLLM = ("vllm._custom_ops", "vllm.model_executor.layers.quantization.utils.marlin_utils", "vllm.scalar_type")
+GPTQMODEL = ("gptqmodel.utils.marlin", "gptqmodel.utils.marlin", "gptqmodel.utils.marlin_scalar_type")
 PEERS: dict[str, tuple[str, Make]] = {
     "torch int4 (torchao)": ("torch", tinygemm),
     "gemlite W4A16": ("gemlite", gemlite),
     "bitsandbytes NF4": ("bitsandbytes", bitsandbytes),
+    "Marlin (vLLM)": ("vllm", partial(marlin, VLLM)),  # its wheel brings a PyTorch of its own
+    "Marlin (GPTQModel)": ("gptqmodel", partial(marlin, GPTQMODEL)),
 }
-MARLIN = No("there is no wheel of Marlin by itself, and vLLM's brings a PyTorch of its own", "Marlin")
 
 
 def peers(n: int, k: int, copies: int) -> Iterator[tuple[str, Callable[[Tensor], list[Launch]] | No]]:
@@ -70,4 +89,3 @@ def peers(n: int, k: int, copies: int) -> Iterator[tuple[str, Callable[[Tensor],
             yield name, make(n, k, copies)
         except Exception as error:  # noqa: BLE001  whatever a peer raises on a GPU or in a version that it does not know
             yield name, No(f"{type(error).__name__}: {error}".splitlines()[0], name)
-    yield "Marlin", MARLIN

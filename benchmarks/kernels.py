@@ -12,6 +12,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from typing import Any
 import kernel_caches
 import torch
 import triton
+from kernel_checks import FP8, check, random_weight
 from kernel_peers import peers
 
 from qcompiler.errors import No
@@ -28,15 +30,21 @@ from qcompiler.kernels.cost import Cost
 from qcompiler.kernels.dequantize_wq import linear_decoded
 from qcompiler.kernels.linear_a8 import cost as cost_a8
 from qcompiler.kernels.linear_a8 import linear_a8
+from qcompiler.kernels.linear_float8 import cost as cost_f8
+from qcompiler.kernels.linear_float8 import linear_float8
 from qcompiler.kernels.linear_nf4 import PackedCodebook, linear_nf4
 from qcompiler.kernels.linear_wq import cost as cost_wq
 from qcompiler.kernels.linear_wq import linear_wq
 from qcompiler.kernels.norm_quantize import NormQuantize
+from qcompiler.kernels.operators import qct
+from qcompiler.kernels.packed_float8 import PackedFloat8
 from qcompiler.kernels.packed_integers import PackedIntegers
 from qcompiler.kernels.packed_weight import PackedWeight
+from qcompiler.kernels.quantize import cost as cost_rounding
+from qcompiler.kernels.quantize import quantize
+from qcompiler.kernels.records import split
 from qcompiler.kernels.timing import copies_of, seconds
-from qcompiler.ops import qc
-from qcompiler.rounding import NF4, activation_scheme, codes_of
+from qcompiler.rounding import NF4, float8_weight
 from qcompiler.scheme import QTensor, Scheme
 
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
@@ -53,42 +61,6 @@ class Row:
     seconds: float
     cost: Cost
     beside: float = 0.0  # PyTorch's seconds for the same in bf16
-
-
-def random_weight(scheme: str, n: int, k: int) -> QTensor:
-    """Random codes, scales and zero points, made on the GPU."""
-    kind = Scheme.parse(scheme)
-    codes = torch.randint(256, (n, -(-k * kind.bits // 8)), dtype=torch.uint8, device="cuda")
-    scale = torch.rand(n, kind.groups(k), device="cuda").mul(0.01).add(0.001).half()
-    zero = None
-    if not kind.symmetric:
-        zero = torch.randint(kind.levels, scale.shape, dtype=torch.uint8, device="cuda")
-    return QTensor(kind, (n, k), codes, scale, zero)
-
-
-def check() -> None:
-    """Every kernel gives what its meaning gives, on this GPU: fp16 and bf16, every width, split sums."""
-    for width, dtype in itertools.product((2, 3, 4, 8), (torch.float16, torch.bfloat16)):
-        weight = random_weight(f"int{width}:g128:asym", 1000, 4096)
-        packed = PackedWeight.pack(weight, dtype)
-        for tokens in (1, 16, 17, 64, 100):
-            x = torch.randn(tokens, 4096, device="cuda", dtype=dtype)
-            exact = x.double() @ weight.dequantize().double().T
-            for name, found in (("fused", linear_wq(x, packed)), ("decoded", linear_decoded(x, packed))):
-                error = ((found - exact).norm() / exact.norm()).item()
-                assert error < 4 * torch.finfo(dtype).eps, f"W{width} {dtype} M={tokens} {name}: error {error:.2e}"
-        again = [linear_wq(x, packed) for _ in range(3)]
-        assert all(torch.equal(again[0], other) for other in again), "not the same bits every time"
-    for scheme, activation in (("int4:g128", "int8:token:asym:dynamic"), ("int8:channel", "int8:token:dynamic")):
-        weight = random_weight(scheme, 1000, 4096)
-        x = torch.randn(33, 4096, device="cuda")
-        codes, scale, zero = codes_of(x, [], activation_scheme(activation))
-        token = [scale.flatten(), (zero - 128).flatten()][: 2 if "asym" in activation else 1]
-        found = linear_a8((codes - 128).flatten(-2).to(torch.int8), PackedIntegers.pack(weight, activation), token)
-        parts = list(weight.parts().values())
-        meaning = qc.integer_linear(x, parts, [], spec=weight.spec(), scheme=activation).half()
-        assert torch.equal(found, meaning), f"{scheme} {activation}: not to the last bit"
-    print("every kernel gives what its meaning gives")
 
 
 def roofs() -> tuple[float, float]:
@@ -177,6 +149,34 @@ def integers(shape: tuple[int, int], base: dict[int, float]) -> Iterator[Row]:
             yield Row(name, shape, tokens, took, cost_a8(packed, tokens), base.get(tokens, 0.0))
 
 
+def floats(shape: tuple[int, int], base: dict[int, float]) -> Iterator[Row]:
+    """linear_float8, where the GPU has such products."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        return
+    n, k = shape
+    wide = float8_weight(torch.randn(n, k, device="cuda", dtype=torch.float16), Scheme.parse("fp8:channel"))
+    weights = {"W4F8": (random_weight("int4:g128", n, k), (1, 16, 128)), "W8F8": (wide, (16, 512, 2048))}
+    for name, (weight, wanted) in weights.items():
+        packed = PackedFloat8.pack(weight, FP8)
+        stock = copies(packed)
+        for tokens in wanted:
+            made = quantize(torch.randn(tokens, k, device="cuda"), [], FP8, packed.counted)
+            call = partial(linear_float8, made.codes, token=[made.scale], sums=made.sums)
+            took = seconds([partial(call, weight=one) for one in stock])
+            yield Row(name, shape, tokens, took, cost_f8(packed, tokens), base.get(tokens, 0.0))
+
+
+def rounding() -> Iterator[Row]:
+    """quantize: what attention and a gated product leave."""
+    for width, tokens in itertools.product((4096, 14336), (16, 2048)):
+        rows = [
+            torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+            for _ in range(min(64, copies_of(2 * tokens * width)))
+        ]
+        took = seconds([partial(quantize, x, [], "int8:token:dynamic") for x in rows])
+        yield Row("quantize", (tokens, width), tokens, took, cost_rounding(tokens, width))
+
+
 def norms() -> Iterator[Row]:
     """norm_quantize: RPTQ's on OPT, and the one before a dynamic product."""
     for width, tokens in itertools.product((4096, 8192), (16, 2048, 16384)):
@@ -197,15 +197,42 @@ def norms() -> Iterator[Row]:
             yield Row(name, (tokens, width), tokens, took, norm.cost(tokens, adds))
 
 
+def launches(calls: int = 200, rounds: int = 5) -> Iterator[Row]:
+    """What a call costs the CPU outside graphs, on a layer so small that the GPU never makes it wait."""
+    shape = (256, 256)
+    x = torch.randn(1, 256, device="cuda", dtype=torch.float16)
+    packed = PackedWeight.pack(random_weight("int4:g128:asym", *shape))
+    parts, spec = split(packed)
+    dense = torch.randn(*shape, device="cuda", dtype=torch.float16)
+    kinds = {
+        "launch linear_wq": partial(linear_wq, x, packed),
+        "launch qct.linear": partial(qct.linear, x, parts, spec=spec),
+        "launch torch linear": partial(torch.nn.functional.linear, x, dense),
+    }
+    for name, call in kinds.items():
+        call()
+        taken = []
+        for _ in range(rounds):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            taken.append((time.perf_counter() - start) / calls)
+        yield Row(name, shape, 1, min(taken), Cost(0, 0))
+
+
 def measured(options: argparse.Namespace) -> Iterator[Row]:
     """All rows, as they come."""
+    yield from launches()
     for shape in SHAPES[: options.shapes]:
         base = {tokens: dense(shape, tokens) for tokens in (1, 8, 16, 32, 64, 128, 256, 512, 2048)}
         yield from weight_only(shape, base)
         yield from integers(shape, base)
+        yield from floats(shape, base)
         yield from codebooks(shape, base)
         yield from others(shape, base)
     yield from norms()
+    yield from rounding()
     for row in kernel_caches.rows():
         yield Row(*row)
 

@@ -5,12 +5,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qcompiler.kernels import linear_a8, linear_gguf, linear_nf4, linear_wq
+from qcompiler.kernels import linear_a8, linear_float8, linear_gguf, linear_nf4, linear_wq
 from qcompiler.target import Kernel
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "kernels.md"
-KERNELS: tuple[Kernel, ...] = (linear_wq.KERNEL, linear_nf4.KERNEL, linear_gguf.KERNEL, linear_a8.W4A8, linear_a8.W8A8)
+KERNELS: tuple[Kernel, ...] = (
+    linear_wq.KERNEL,
+    linear_nf4.KERNEL,
+    linear_gguf.KERNEL,
+    linear_a8.W4A8,
+    linear_a8.W8A8,
+    linear_float8.W4F8,
+    linear_float8.W8F8,
+)
 TARGETS = {"sm_80": "A100", "sm_90": "H100, H200", "sm_100": "B200"}
 
 INTRODUCTION = """# Kernels
@@ -22,7 +30,8 @@ against the meanings in `qcompiler/ops.py`.
 
 ## What they accept
 
-A kernel answers for each weight, and a no says which of these conditions was not met.
+A kernel answers for each weight, and a no says which of these conditions was not met. Those of fp8 need compute
+capability 8.9.
 
 """
 CODE = """
@@ -67,9 +76,9 @@ def machine_code(kernels: dict[str, Any]) -> str:
     return table(["configuration", *TARGETS.values()], rows)
 
 
-def measured() -> str:
-    """What benchmarks/kernels.py wrote, if it ever ran on a GPU."""
-    path = HERE / "results" / "kernels.json"
+def measured(results: Path = HERE / "results") -> str:
+    """What benchmarks/kernels.py wrote, if it ever ran on a GPU, and kernel_models.py."""
+    path = results / "kernels.json"
     if not path.is_file():
         return "Not measured: no GPU was at hand. `python benchmarks/kernels.py` measures on the one it finds.\n"
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -86,7 +95,21 @@ def measured() -> str:
         for row in found["rows"]
     ]
     head = ["kernel", "layer", "tokens", "us", "of a copy's bandwidth", "of bf16's rate", "times bf16's speed"]
-    return f"On {found['gpu']}.\n\n{table(head, rows)}"
+    return f"On {found['gpu']}.\n\n{table(head, rows)}{decoding(results / 'kernel_models.json')}"
+
+
+def decoding(path: Path) -> str:
+    """Tokens a second of whole models, if they were measured."""
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        [row["model"], str(row["batch"]), row["recipe"], str(row["tokens_per_second"]), str(row["times_bf16"])]
+        for row in found["rows"]
+    ]
+    head = ["Llama of", "sequences", "as", "tokens a second", "times bf16's"]
+    introduction = f"Whole models of random weights, decoding on {found['gpu']}, beside bf16 under `torch.compile`:"
+    return f"\n{introduction}\n\n{table(head, rows)}"
 
 
 def page(sass: dict[str, Any]) -> str:

@@ -31,10 +31,12 @@ from qcompiler.kernels import (
     kv_append,
     kv_window,
     linear_a8,
+    linear_float8,
     linear_gguf,
     linear_nf4,
     linear_wq,
     norm_quantize,
+    quantize,
 )
 from qcompiler.kernels.cost import DEVICES, Device
 from qcompiler.kernels.sass import Build, Reading, compile_and_read
@@ -45,7 +47,9 @@ MODULES = (
     linear_nf4,
     linear_gguf,
     linear_a8,
+    linear_float8,
     norm_quantize,
+    quantize,
     attention_kvq,
     attention_floats,
     kv_append,

@@ -172,6 +172,11 @@ def constants(shape: tuple[int, int], group: int, columns: int, config: Config) 
     return {"N": n, "K": k, "GROUP": group, "BM": config.tokens, "BN": ROWS, "BK": columns, "SPLIT": config.split}
 
 
+def registers(grouped: bool, device: Device) -> int | None:
+    """What ptxas is told; rows of one scale fit by themselves, and no more when it is told."""
+    return most_registers(device) if grouped else None
+
+
 def linear_wq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: Config | None = None) -> Tensor:
     """x [..., k], contiguous, in the weight's dtype, times the weight [n, k] transposed, plus bias [n]: [..., n].
 
@@ -202,7 +207,7 @@ def linear_wq(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, confi
         **constants(weight.shape, weight.group, weight.columns, chosen),
         num_warps=chosen.warps,
         num_stages=chosen.stages,
-        maxnreg=most_registers(device_at(x.get_device())),
+        maxnreg=registers(weight.group < k, device_at(x.get_device())),
     )
     return out
 
@@ -253,7 +258,7 @@ def build(text: str, n: int, k: int, tokens: int, dtype: str = "fp16", device: D
         budget=budget if held else 0.0,
         warps=config.warps,
         stages=config.stages,
-        registers=most_registers(device),
+        registers=registers(scheme.group_of(k) < k, device),
     )
 
 

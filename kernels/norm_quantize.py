@@ -5,7 +5,7 @@ come in, codes of 8 bits or fewer go out, the sum of both for the next residual 
 the processor's own cache, where the row already is; nothing is gathered in memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qcompiler.kernels.cost import H200, Cost, Device, device_of
-from qcompiler.kernels.quantize import Quantized, constants, grid_of_channels, programs, spread, store_codes, warps_of
+from qcompiler.kernels.quantize import Quantized, constants, grid_of_channels, programs, store_codes, warps_of
 from qcompiler.kernels.sass import Build
+from qcompiler.rounding import activation_scheme, group_size
 
 
 @triton.jit
@@ -111,6 +112,7 @@ def norm_quantize_kernel(
             normed,
             there,
             begin + j,
+            0,
             token,
             tokens,
             grid,
@@ -125,6 +127,16 @@ def norm_quantize_kernel(
             RUNS,
             MAGIC,
         )
+
+
+def spread(grid: Sequence[Tensor], scheme: str, width: int) -> list[Tensor]:
+    """Scale and zero point of a static grid for each of `width` channels, float32; of a dynamic one nothing."""
+    kind = activation_scheme(scheme)
+    size = group_size(kind, width)
+    parts = [part.float().reshape(-1).repeat_interleave(size)[:width].contiguous() for part in grid]
+    if len(parts) == 1:
+        parts.append(torch.full_like(parts[0], kind.levels >> 1))
+    return parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +171,7 @@ class NormQuantize:
         run: int = 0,
     ) -> "NormQuantize":
         """From what qc.reordered_norm and qc.fake_quantize are given: weight and bias in the order of x."""
-        parts = spread(grid, scheme, weight.shape[0])
+        scale, zero = spread(grid, scheme, weight.shape[0]) or (None, None)
         chosen = slice(None) if order is None else order.long()
         return cls(
             kind,
@@ -168,7 +180,8 @@ class NormQuantize:
             weight[chosen].contiguous(),
             None if bias is None else bias[chosen].contiguous(),
             None if order is None else order.int(),
-            *(parts or (None, None)),
+            scale,
+            zero,
             run,
         )
 
@@ -206,12 +219,13 @@ class NormQuantize:
 def build(kind: str, scheme: str, width: int, residual: bool, reordered: bool) -> Build:
     """What is compiled for a norm of `width` channels in bfloat16."""
     extra = f"{' + residual' if residual else ''}{' reordered' if reordered else ''}"
+    code = "*fp8e4nv" if activation_scheme(scheme).code == "fp" else "*i8"
     return Build(
         name=f"norm_quantize {kind} {scheme} {width}{extra}",
         kernel=norm_quantize_kernel,
         arguments=dict.fromkeys(("x", "residual", "weight", "bias", "added"), "*bf16")
         | dict.fromkeys(("scale", "zero", "token_scale", "token_zero"), "*fp32")
-        | {"order": "*i32", "codes": "*i8", "sums": "*i32", "tokens": "i32", "eps": "fp32"},
+        | {"order": "*i32", "codes": code, "sums": "*i32", "tokens": "i32", "eps": "fp32"},
         constants={
             "CENTERED": kind == "layer",
             "HAS_RESIDUAL": residual,
@@ -230,3 +244,5 @@ def builds(device: Device = H200) -> Iterator[Build]:
         yield build("layer", "int8:g128:asym", width, residual=False, reordered=True)
         yield build("rms", "int8:token:dynamic", width, residual=True, reordered=False)
         yield build("rms", "int8:token:asym:dynamic", width, residual=True, reordered=True)
+        if device.capability >= 89:
+            yield build("rms", "fp8:token:dynamic", width, residual=True, reordered=False)

@@ -9,7 +9,7 @@ Nothing is registered when this module is imported: the first use of `qct.<name>
 | op | meaning |
 |---|---|
 | `qct.linear` | x times a packed weight transposed, plus bias |
-| `qct.linear_a8` | x rounded to 8 bits or fewer, times a packed weight transposed, in integers, plus bias |
+| `qct.linear_a8` | x rounded to 8 bits or fewer, times a packed weight transposed, in those codes, plus bias |
 | `qct.linear_codes` | the same over codes that are there already |
 | `qct.norm_quantize` | a norm, perhaps of a sum, stored in another order and rounded |
 | `qct.attend` | new keys and values stored in a cache of fixed size, and attention over what it holds |
@@ -29,16 +29,18 @@ from qcompiler.kernels.kv_append import kv_append
 from qcompiler.kernels.kv_cache import FloatCache
 from qcompiler.kernels.kv_window import window_append
 from qcompiler.kernels.linear_a8 import linear_a8
+from qcompiler.kernels.linear_float8 import linear_float8
 from qcompiler.kernels.linear_gguf import linear_gguf
 from qcompiler.kernels.linear_nf4 import PackedCodebook, linear_nf4
 from qcompiler.kernels.linear_wq import linear_wq
 from qcompiler.kernels.packed_blocks import PackedBlocks
-from qcompiler.kernels.packed_integers import sums_of
+from qcompiler.kernels.packed_float8 import LEAST, PackedFloat8
+from qcompiler.kernels.packed_integers import PackedIntegers, sums_of
 from qcompiler.kernels.packed_weight import PackedWeight
-from qcompiler.kernels.quantize import Quantized, quantize
+from qcompiler.kernels.quantize import Quantized, code_dtypes, quantize
 from qcompiler.kernels.records import join, join_all, numbers
 from qcompiler.ops import Operators, reordered_norm
-from qcompiler.rounding import activation_scheme, codes_of
+from qcompiler.rounding import E4M3, activation_scheme, codes_of
 from qcompiler.scheme import Scheme
 
 SCHEMAS = {
@@ -57,6 +59,7 @@ LAUNCHERS: dict[type, Callable[..., Tensor]] = {
     PackedCodebook: linear_nf4,
     PackedBlocks: linear_gguf,
 }
+CODED: dict[type, Callable[..., Tensor]] = {PackedIntegers: linear_a8, PackedFloat8: linear_float8}
 
 
 def on_kernels(x: Tensor) -> bool:
@@ -86,7 +89,7 @@ def run_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None = None, 
 def run_linear_a8(
     x: Tensor, weight: Sequence[Tensor], grid: Sequence[Tensor], bias: Tensor | None = None, *, spec: str
 ) -> Tensor:
-    """x [..., k], rounded by the PackedIntegers' scheme (static: to `grid`), times its weight, in integers."""
+    """x [..., k], rounded by the scheme of a record in CODED (static: to `grid`), times its weight, in codes."""
     record = join(weight, spec)
     if on_kernels(x):
         rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -107,17 +110,19 @@ def run_linear_codes(
     spec: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Codes int8 [..., k], less half the levels, times the weight [n, k] of a PackedIntegers transposed: [..., n].
+    """Codes [..., k], as `quantize` makes them, times the weight [n, k] of a record in CODED transposed: [..., n].
 
     `scale` and `zero` float32 [...] are each token's, of a dynamic activation, zero of an asymmetric one and less half
-    the levels too; else they are empty. `sums` int32 [runs, ...] are those of the codes, for a weight with zero points.
+    the levels too; else they are empty. `sums` [runs, ...] are those of the codes, for a weight with zero points.
     """
     record = join(weight, spec)
     if not on_kernels(codes):
-        return _integers_by_meaning(codes, scale, zero, record, bias).to(dtype)
+        floats = isinstance(record, PackedFloat8)
+        meaning = _floats_by_meaning(codes, scale, record) if floats else _by_meaning(codes, scale, zero, record)
+        return (meaning if bias is None else meaning + bias).to(dtype)
     token = [part.flatten() for part in (scale, zero) if part.numel()]
     counted = sums.flatten(1) if record.counted else None
-    return linear_a8(codes.contiguous(), record, token, bias, dtype, sums=counted)
+    return CODED[type(record)](codes.contiguous(), record, token, bias, dtype, sums=counted)
 
 
 def run_norm_quantize(
@@ -125,7 +130,7 @@ def run_norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The norm of a NormQuantize over x (plus residual) [..., width], rounded.
 
-    Returns codes int8 [..., width], less half the levels; scale and zero float32 [...], and sums, as `linear_codes`
+    Returns codes [..., width], as `quantize` makes them; scale and zero float32 [...], and sums, as `linear_codes`
     takes them; and the sum of x and residual. What there is not is empty.
     """
     record = join(norm, spec)
@@ -179,19 +184,20 @@ def run_attend(
 
 def _shaped(found: Quantized, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a kernel made of the rows of x [..., k], as x has them: codes, scale, zero, sums."""
-    token = [_nothing(x) if part is None else part.view(x.shape[:-1]) for part in (found.scale, found.zero)]
+    scale, zero = (_nothing(x) if part is None else part.view(x.shape[:-1]) for part in (found.scale, found.zero))
     sums = _nothing(x) if found.sums is None else found.sums.view(-1, *x.shape[:-1])
-    return found.codes.view(x.shape), *token, sums
+    return found.codes.view(x.shape), scale, zero, sums
 
 
 def _rounded(x: Tensor, grid: Sequence[Tensor], kind: Scheme, run: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes int8 [..., k] less half the levels; scale and zero [...]; sums of runs; empty where there are none."""
+    """Codes [..., k], as `quantize` makes them; scale and zero [...]; sums of runs; empty where there are none."""
     codes, scale, zero = codes_of(x, grid, kind)
-    whole = (codes - (kind.levels >> 1)).flatten(-2)[..., : x.shape[-1]].to(torch.int8)
+    half = kind.levels >> 1 if kind.code == "int" else 0
+    whole = (codes - half).flatten(-2)[..., : x.shape[-1]].to(code_dtypes(kind)[0])
     sums = sums_of(whole, run).view(-1, *x.shape[:-1]) if run else _nothing(x)
     if not kind.dynamic:
         return whole, _nothing(x), _nothing(x), sums
-    middle = _nothing(x) if kind.symmetric else (zero - (kind.levels >> 1)).flatten(-3)
+    middle = _nothing(x) if kind.symmetric else (zero - half).flatten(-3)
     return whole, scale.flatten(-3), middle, sums
 
 
@@ -199,7 +205,7 @@ def _nothing(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.float32)
 
 
-def _integers_by_meaning(whole: Tensor, scale: Tensor, zero: Tensor, record: Any, bias: Tensor | None) -> Tensor:
+def _by_meaning(whole: Tensor, scale: Tensor, zero: Tensor, record: Any) -> Tensor:
     """What linear_a8 computes, run by run, float32 [..., n]; `whole` int8 [..., k] are codes less half the levels."""
     kind, lift = activation_scheme(record.activation), 16 if record.scheme.bits == 4 else 1
     n, k = record.shape
@@ -215,7 +221,19 @@ def _integers_by_meaning(whole: Tensor, scale: Tensor, zero: Tensor, record: Any
             sums = sums - share * zero[..., None] if kind.dynamic else sums + share
         factor = record.factors[run, :n] * scale[..., None] if kind.dynamic else record.factors[run, :n]
         total += sums.float() * factor
-    return total if bias is None else total + bias
+    return total
+
+
+def _floats_by_meaning(codes: Tensor, scale: Tensor, record: PackedFloat8) -> Tensor:
+    """What linear_float8 computes, float32 [..., n]."""
+    n, k = record.shape
+    values = record.unpack()
+    steps = values.view(E4M3).float()
+    if record.zeros is not None:
+        steps = values * LEAST - record.zeros[:, :n].repeat_interleave(record.run, 0)[:k].T
+    factors = record.factors[:, :n].repeat_interleave(record.run, 0)[:k].T
+    product: Tensor = (codes.float() @ (steps * factors).T) * scale[..., None]
+    return product
 
 
 def _attend_floats(
@@ -252,8 +270,9 @@ def _fake_norm_quantize(x, residual, norm, *, spec):
         x.new_empty(x.shape[:-1], dtype=torch.float32) if there else _nothing(x)
         for there in (kind.dynamic, kind.dynamic and not kind.symmetric)
     ]
-    sums = x.new_empty((-(-x.shape[-1] // run), *x.shape[:-1]), dtype=torch.int32) if run else _nothing(x)
-    return x.new_empty(x.shape, dtype=torch.int8), *token, sums, x.new_empty(0 if residual is None else x.shape)
+    stored, summed = code_dtypes(kind)
+    sums = x.new_empty((-(-x.shape[-1] // run), *x.shape[:-1]), dtype=summed) if run else _nothing(x)
+    return x.new_empty(x.shape, dtype=stored), *token, sums, x.new_empty(0 if residual is None else x.shape)
 
 
 def _fake_attend(q, k, v, caches, places, *, spec, scale, left=-1):

@@ -51,16 +51,16 @@ class PackedIntegers:
         run = run_length(weight.scheme, kind, k)
         width = run if run < k else WIDTH
         steps = weight.unpacked().short() - (weight.scheme.levels >> 1)
-        groups = torch.arange(0, k, run) // weight.scheme.group_of(k)  # of each run
+        groups = torch.arange(0, k, run, device=steps.device) // weight.scheme.group_of(k)  # of each run
         weights = weight.scale.float().expand(n, weight.scheme.groups(k))[:, groups]
         sums = by_group(steps.int(), run).sum(-1, dtype=torch.int32)  # [n, runs]
         zeros = None
         if weight.zero is not None:
             zeros = weight.zero.expand(n, weight.scheme.groups(k))[:, groups].int() - (weight.scheme.levels >> 1)
-            sums = sums - zeros * by_group(torch.ones(1, k, dtype=torch.int32), run).sum(-1, dtype=torch.int32)
+            sums = sums - zeros * by_group(torch.ones_like(steps[:1]), run).sum(-1, dtype=torch.int32)
         scale, zero = _of_runs(kind, grid, k, run)
         starts = sums if kind.dynamic else -sums * zero
-        words = _tiled(steps, bits, width)
+        words = tiled(steps, bits, width)
         reach = words.shape[1] * (8 // bits) if run < k else 1  # runs that the tiles extend over
         return cls(
             scheme=weight.scheme,
@@ -68,10 +68,10 @@ class PackedIntegers:
             shape=(n, k),
             run=run,
             words=words,
-            factors=_filled(weights * scale / LIFT[bits], reach),
-            starts=_filled(starts * LIFT[bits], reach),
+            factors=filled(weights * scale / LIFT[bits], reach),
+            starts=filled(starts * LIFT[bits], reach),
             arrived=torch.zeros(-(-n // ROWS), dtype=torch.int32, device=steps.device),
-            zeros=None if zeros is None else _filled(zeros * LIFT[bits], reach),
+            zeros=None if zeros is None else filled(zeros * LIFT[bits], reach),
         )
 
     def unpack(self) -> Tensor:
@@ -80,8 +80,8 @@ class PackedIntegers:
         parts = [self.words.int()]
         if self.scheme.bits == 4:
             parts = [self.words.int() << 28 >> 28, self.words.int() >> 4]
-        tiled = torch.cat(parts, dim=-1).permute(0, 2, 1, 3)
-        return (tiled.flatten(2).flatten(0, 1)[:n, :k] + (self.scheme.levels >> 1)).to(torch.uint8)
+        whole = torch.cat(parts, dim=-1).permute(0, 2, 1, 3)
+        return (whole.flatten(2).flatten(0, 1)[:n, :k] + (self.scheme.levels >> 1)).to(torch.uint8)
 
     def to(self, device: torch.device | str) -> "PackedIntegers":
         """The same on another device."""
@@ -106,13 +106,16 @@ class PackedIntegers:
 
 
 def sums_of(codes: Tensor, run: int) -> Tensor:
-    """The sums, int32 [runs, tokens], of each `run` columns of codes int8 [..., k]: what kernels count as they round.
+    """The sums [runs, tokens] of each `run` columns of codes [..., k]: what kernels count as they round.
+
+    Of codes in int8 they are in int32, of floats of 8 bits in float32.
 
     >>> sums_of(torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int8), 2)
     tensor([[3, 9],
             [3, 6]], dtype=torch.int32)
     """
-    return by_group(codes.flatten(0, -2), run).sum(-1, dtype=torch.int32).T.contiguous()
+    whole = codes.flatten(0, -2).to(torch.int32 if codes.dtype == torch.int8 else torch.float32)
+    return by_group(whole, run).sum(-1, dtype=whole.dtype).T.contiguous()
 
 
 def runs_suit(weight: QTensor, activation: str) -> Answer:
@@ -135,17 +138,17 @@ def _of_runs(kind: Scheme, grid: Sequence[Tensor], k: int, run: int) -> tuple[Te
     return scale.flatten()[groups], middle.int()[groups]
 
 
-def _tiled(steps: Tensor, bits: int, width: int) -> Tensor:
-    """Code - zero, int16 [n, k], as `words`; what fills up the last tiles is zero."""
+def tiled(steps: Tensor, bits: int, width: int) -> Tensor:
+    """Codes, int16 [n, k], as `words`; what fills up the last tiles is zero."""
     columns = width * (8 // bits)
-    filled = torch.nn.functional.pad(steps, (0, -steps.shape[1] % columns, 0, -steps.shape[0] % ROWS))
-    tiled = filled.view(filled.shape[0] // ROWS, ROWS, filled.shape[1] // columns, columns).permute(0, 2, 1, 3)
+    whole = torch.nn.functional.pad(steps, (0, -steps.shape[1] % columns, 0, -steps.shape[0] % ROWS))
+    whole = whole.view(whole.shape[0] // ROWS, ROWS, whole.shape[1] // columns, columns).permute(0, 2, 1, 3)
     if bits == 4:
-        tiled = (tiled[..., :width] & 15) | tiled[..., width:] << 4
-    return tiled.to(torch.int8).contiguous()
+        whole = (whole[..., :width] & 15) | whole[..., width:] << 4
+    return whole.to(torch.int8).contiguous()
 
 
-def _filled(values: Tensor, reach: int) -> Tensor:
+def filled(values: Tensor, reach: int) -> Tensor:
     """Values [n, runs] as [reach, n filled up], the rest zeros."""
     missing = (0, reach - values.shape[1], 0, -values.shape[0] % ROWS)
     return torch.nn.functional.pad(values, missing).T.contiguous()

@@ -16,7 +16,8 @@ from torch import Tensor
 from qcompiler.kernels.cost import H200, Cost, Device, device_of
 from qcompiler.kernels.packed_integers import MAGIC
 from qcompiler.kernels.sass import Build
-from qcompiler.rounding import activation_scheme, group_size
+from qcompiler.rounding import E4M3, activation_scheme, group_size
+from qcompiler.scheme import Scheme
 
 LARGEST = tl.constexpr(448.0)  # of e4m3
 
@@ -29,10 +30,10 @@ def divide(x, y, inverse):
 
 
 @triton.jit
-def grid_of_channels(scale, zero, j, there):
-    """Step, its inverse and middle of a static grid at places j, of scale and zero [width]."""
-    step = tl.load(scale + j, mask=there, other=1.0)
-    middle = tl.load(zero + j, mask=there, other=0.0)
+def grid_of_channels(scale, zero, at, there):
+    """Step, its inverse and middle of a static grid at places `at` of scale and zero."""
+    step = tl.load(scale + at, mask=there, other=1.0).to(tl.float32)
+    middle = tl.load(zero + at, mask=there, other=0).to(tl.float32)
     return step, tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step), middle
 
 
@@ -61,6 +62,7 @@ def store_codes(
     values,
     there,
     at,
+    part,
     token,
     tokens,
     grid,
@@ -75,7 +77,7 @@ def store_codes(
     RUNS: tl.constexpr,
     MAGIC: tl.constexpr,
 ):
-    """Round a token's values, float32 [BLOCK], and store codes, less LEVELS / 2, at places `at`; or e4m3 floats there.
+    """Round part `part` of a token's values, float32 [BLOCK], and store codes, less LEVELS / 2, or floats, at `at`.
 
     `grid` is a static one, as of `grid_of_channels`; a dynamic one is stored for the token. With a RUN, the sums of the
     codes of each so many columns go to sums [RUNS, tokens].
@@ -101,7 +103,7 @@ def store_codes(
     if RUN:
         WIDE: tl.constexpr = values.shape[0] // RUN
         each = tl.sum(tl.reshape(tl.where(there, counted, 0), (WIDE, RUN)), axis=1)
-        run = tl.arange(0, WIDE)
+        run = part * WIDE + tl.arange(0, WIDE)
         tl.store(sums + run * tokens + token, each, mask=run < RUNS)
 
 
@@ -115,6 +117,7 @@ def quantize_kernel(
     token_zero,
     sums,
     tokens,
+    GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -124,10 +127,17 @@ def quantize_kernel(
     RUNS: tl.constexpr,
     MAGIC: tl.constexpr,
 ):
-    """Rows program, program + programs, ... of x [tokens, WIDTH]: codes [tokens, WIDTH]; scale and zero [WIDTH]."""
-    j = tl.arange(0, BLOCK)
+    """Rows i, i + programs, ... of x [tokens, WIDTH], of those the j-th BLOCK columns, for program (i, j).
+
+    Codes [tokens, WIDTH], and what `store_codes` stores beside; scale and zero are those of each GROUP columns.
+    """
+    part = tl.program_id(1)
+    j = part * BLOCK + tl.arange(0, BLOCK)
     there = j < WIDTH
-    grid = (1.0, 1.0, 0.0) if DYNAMIC else grid_of_channels(scale, zero, j, there)
+    grid = (1.0, 1.0, 0.0)
+    if not DYNAMIC:
+        step, inverse, middle = grid_of_channels(scale, scale if SYMMETRIC else zero, j // GROUP, there)
+        grid = step, inverse, (tl.full(step.shape, LEVELS // 2, tl.float32) if SYMMETRIC else middle)
     for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0)):
         begin = tl.cast(token, tl.int64) * WIDTH
         row = tl.load(x + begin + j, mask=there, other=0.0).to(tl.float32)
@@ -135,6 +145,7 @@ def quantize_kernel(
             row,
             there,
             begin + j,
+            part,
             token,
             tokens,
             grid,
@@ -171,12 +182,11 @@ class Quantized:
         """What a kernel writes for x [tokens, width]; `run` columns are summed up, 0 is none."""
         kind = activation_scheme(scheme)
         tokens, width = x.shape
-        codes = torch.empty_like(x, dtype=torch.int8 if kind.code == "int" else torch.float8_e4m3fn)
+        stored, summed = code_dtypes(kind)
+        codes = torch.empty_like(x, dtype=stored)
         scale = x.new_empty(tokens, dtype=torch.float32) if kind.dynamic else None
         zero = torch.empty_like(scale) if scale is not None and not kind.symmetric else None
-        sums = None
-        if run:
-            sums = x.new_empty(-(-width // run), tokens, dtype=torch.int32 if kind.code == "int" else torch.float32)
+        sums = x.new_empty(-(-width // run), tokens, dtype=summed) if run else None
         return cls(codes, scale, zero, sums)
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -186,20 +196,15 @@ class Quantized:
         return self.codes, scale, zero, sums
 
 
-def spread(grid: Sequence[Tensor], scheme: str, width: int) -> list[Tensor]:
-    """Scale and zero point of a static grid for each of `width` channels, float32; of a dynamic one nothing."""
-    kind = activation_scheme(scheme)
-    size = group_size(kind, width)
-    parts = [part.float().reshape(-1).repeat_interleave(size)[:width].contiguous() for part in grid]
-    if len(parts) == 1:
-        parts.append(torch.full_like(parts[0], kind.levels >> 1))
-    return parts
+def code_dtypes(kind: Scheme) -> tuple[torch.dtype, torch.dtype]:
+    """Of codes, and of their sums."""
+    return (torch.int8, torch.int32) if kind.code == "int" else (E4M3, torch.float32)
 
 
-def constants(scheme: str, width: int, run: int) -> dict[str, object]:
-    """What a launch that rounds rows of `width` fixes."""
+def constants(scheme: str, width: int, run: int, cut: int = 0) -> dict[str, object]:
+    """What a launch that rounds rows of `width` fixes, `cut` columns to a program; 0 is all."""
     kind = activation_scheme(scheme)
-    block = triton.next_power_of_2(width)
+    block = triton.next_power_of_2(cut or width)
     whole = {"WIDTH": width, "BLOCK": block, "LEVELS": kind.levels, "DYNAMIC": kind.dynamic}
     # A run of all columns is one of all the block.
     runs = {"RUN": block if run >= width else run, "RUNS": -(-width // run) if run else 0}
@@ -212,12 +217,21 @@ def quantize(x: Tensor, grid: Sequence[Tensor], scheme: str, run: int = 0) -> Qu
     `run`, a power of two or at least the width, is the number of columns whose codes are summed up; 0 is none.
     """
     tokens, width = x.shape
-    found, parts = Quantized.room(x, scheme, run), spread(grid, scheme, width) or [x, x]
-    fixed = constants(scheme, width, run)
-    warps = warps_of(width)
-    launched = min(tokens, programs(width, device_of(x)))
-    quantize_kernel[launched,](x, *parts, *found.outputs(), tokens, **fixed, num_warps=warps)
+    found, scale = Quantized.room(x, scheme, run), grid[0] if grid else x
+    cut = columns_of(scheme, width, run)
+    launched = min(tokens, programs(cut, device_of(x))), triton.cdiv(width, cut)
+    fixed = constants(scheme, width, run, cut)
+    fixed["GROUP"] = group_size(activation_scheme(scheme), width)
+    quantize_kernel[launched](
+        x, scale, grid[-1] if grid else x, *found.outputs(), tokens, **fixed, num_warps=warps_of(cut)
+    )
     return found
+
+
+def columns_of(scheme: str, width: int, run: int) -> int:
+    """Columns of a program: all that share a grid or a sum; else no more than registers hold beside their grid."""
+    whole = activation_scheme(scheme).dynamic or run >= width
+    return width if whole else min(width, 4096)
 
 
 def cost(tokens: int, width: int) -> Cost:
@@ -227,7 +241,8 @@ def cost(tokens: int, width: int) -> Cost:
 
 def warps_of(width: int) -> int:
     """So many that a thread holds 8 channels, which is one load, and what belongs to them."""
-    return max(1, min(16, triton.next_power_of_2(width) // 256))
+    block: int = triton.next_power_of_2(width)
+    return max(1, min(16, block // 256))
 
 
 def programs(width: int, device: Device) -> int:
@@ -237,16 +252,16 @@ def programs(width: int, device: Device) -> int:
 
 def build(scheme: str, width: int, run: int) -> Build:
     """What is compiled for rows of `width` channels in bfloat16."""
-    floats = activation_scheme(scheme).code == "fp"
+    floats, cut = activation_scheme(scheme).code == "fp", columns_of(scheme, width, run)
     return Build(
         name=f"quantize {scheme} {width}{f' sums of {run}' if run else ''}",
         kernel=quantize_kernel,
         arguments={"x": "*bf16", "codes": "*fp8e4nv" if floats else "*i8", "sums": "*fp32" if floats else "*i32"}
         | dict.fromkeys(("scale", "zero", "token_scale", "token_zero"), "*fp32")
         | {"tokens": "i32"},
-        constants=constants(scheme, width, run),
-        handled=width,
-        warps=warps_of(width),
+        constants=constants(scheme, width, run, cut) | {"GROUP": group_size(activation_scheme(scheme), width)},
+        handled=cut,
+        warps=warps_of(cut),
     )
 
 

@@ -40,11 +40,18 @@ class Integers(Pass):
 
 
 def multiplies(weight: QTensor, activation: str) -> bool | No:
-    """True if products of this weight's codes with those of an activation can be added up as integers, or a No."""
+    """True if products of this weight's codes with those of an activation can be added up exactly, or a No.
+
+    Integers with integers; or floats of 8 bits with such floats, or with integers of at most 4 bits, which such floats
+    hold exactly.
+    """
     kind = activation_scheme(activation)
-    if kind.code != "int" or weight.scheme.code != "int":
+    codes = f"{weight.scheme.code}{weight.scheme.bits}"
+    if kind.code == "fp" and codes not in ("fp8", "int2", "int3", "int4"):
+        return No(f"codes of {weight.scheme} are no floats of {kind}")
+    if kind.code == "nf" or (kind.code == "int" and weight.scheme.code != "int"):
         return No(f"codes of {kind} and {weight.scheme} are not both integers")
-    if not isinstance(weight.scale, Tensor) or weight.minimum is not None or weight.codebook is not None:
+    if not isinstance(weight.scale, Tensor) or weight.minimum is not None:
         return No("its weight has no integer zero point and float scale")
     if weight.permutation is not None or weight.boundaries is not None:
         return No("its columns are stored in another order or in groups of unequal size")

@@ -12,6 +12,7 @@ from qcompiler.passes.selection import BODY, check_coverage, convolutions_of, se
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program, Type
 from qcompiler.report import LayerRecord
+from qcompiler.rounding import float8_weight
 from qcompiler.scheme import QTensor, Scheme
 
 aten = torch.ops.aten
@@ -23,6 +24,7 @@ class Rtn(Pass):
 
     With `convolutions` also those of convolutions, whose filters [n, ...] are rounded as matrices [n, all the rest],
     and with `embeddings` the tables that are looked up.
+    With fp8 (`fp8:channel`), to the nearest float of 8 bits (e4m3), scaled by the group's largest magnitude.
     """
 
     name: ClassVar[str] = "rtn"
@@ -50,7 +52,8 @@ class Rtn(Pass):
             if weight.dim() != 2:
                 ctx.refuse(No(f"the weight has {weight.dim()} dimensions, not 2", name))
                 continue
-            q = QTensor.quantize(weight, self.scheme)
+            rounded = float8_weight if self.scheme.code == "fp" else QTensor.quantize
+            q = rounded(weight, self.scheme)
             ctx.layer(layer_record(name, weight, q, self.name))
             program.quantize_tensor(name, q)
             done += 1

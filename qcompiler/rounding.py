@@ -22,6 +22,9 @@ NF4 = (
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 
+E4M3 = torch.float8_e4m3fn  # 8 bits, of which 4 for an exponent and 3 for a mantissa: Micikevicius et al., 2209.05433
+LARGEST = 448.0  # of its values
+
 
 @functools.lru_cache(maxsize=256)
 def activation_scheme(text: str) -> Scheme:
@@ -31,8 +34,10 @@ def activation_scheme(text: str) -> Scheme:
     'int8:token:asym:dynamic'
     """
     scheme = Scheme.parse(text)
-    if scheme.code == "fp" or (scheme.code == "nf" and scheme.bits != 4):
-        raise RecipeError(f'scheme "{text}": activations are rounded to int2 to int8 or nf4')
+    if (scheme.code, scheme.bits) not in (("fp", 8), ("nf", 4)) and scheme.code != "int":
+        raise RecipeError(f'scheme "{text}": activations are rounded to int2 to int8, fp8 or nf4')
+    if scheme.code == "fp" and not (scheme.dynamic and scheme.symmetric):
+        raise RecipeError(f'scheme "{text}": fp8 scales by the largest magnitude; write fp8:token:dynamic')
     if scheme.code == "nf" and not (scheme.dynamic and scheme.symmetric):
         raise RecipeError(f'scheme "{text}": nf4 scales by the largest magnitude; write nf4:token:dynamic')
     if scheme.dynamic and scheme.granularity in ("tensor", "channel"):
@@ -60,14 +65,44 @@ def grouped(x: Tensor, size: int) -> Tensor:
 def codes_of(x: Tensor, grid: Sequence[Tensor], scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of x [..., channels] as whole numbers in float32 [..., groups, group], and their scale and zero point.
 
+    The codes of fp8 are the numbers of e4m3 themselves, and their zero point is zero.
+
     `grid` is (scale, zero) or (scale,) of a static scheme, float32 [..., groups], and empty for a dynamic one.
     Scale and zero broadcast against the codes: value = scale * (code - zero).
     """
     values = grouped(x.float(), group_size(scheme, x.shape[-1]))
+    if scheme.code == "fp":
+        scale = float8_scale(values)
+        return (values / scale).to(E4M3).float(), scale, torch.zeros((), device=x.device)
     scale, zero = _spread(grid) if grid else _dynamic_grid(values, scheme)
     middle = zero if zero is not None else torch.tensor(float(scheme.levels >> 1), device=x.device)
     codes = torch.round(values / scale).add_(middle).clamp_(0, scheme.levels - 1)
     return codes, scale, middle
+
+
+def float8_scale(values: Tensor) -> Tensor:
+    """The scale [..., 1], float32, by which the largest magnitude of values [..., group] is the largest of e4m3."""
+    scale = values.abs().amax(-1, keepdim=True).float() / LARGEST
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def float8_weight(weight: Tensor, scheme: Scheme) -> QTensor:
+    """A weight [n, k] rounded to the nearest numbers of e4m3, scaled by the largest magnitude of each row or group.
+
+    A code is the number's own byte, the codebook what all 256 stand for (the two that are no numbers: zero).
+
+    >>> weight = float8_weight(torch.tensor([[1.0, 7.0, -14.0]]), Scheme.parse("fp8:channel"))
+    >>> weight.dequantize()
+    tensor([[  1.,   7., -14.]])
+    """
+    by_row = scheme.symmetric and scheme.granularity in ("channel", "group")
+    if (scheme.code, scheme.bits) != ("fp", 8) or not by_row:
+        raise RecipeError(f'scheme "{scheme}": floats are stored as fp8:channel or fp8:g<size>')
+    groups = grouped(weight.detach().float(), scheme.group_of(weight.shape[1]))
+    scale = float8_scale(groups)
+    codes = (groups / scale).to(E4M3).view(torch.uint8).flatten(1)[:, : weight.shape[1]].contiguous()
+    book = torch.arange(256, dtype=torch.uint8).view(E4M3).float().nan_to_num(0.0).to(weight.device)
+    return QTensor(scheme, tuple(weight.shape), codes, scale[..., 0], codebook=book, dtype=weight.dtype)
 
 
 def _spread(grid: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -137,7 +172,8 @@ def integer_linear(
     Over each run of columns that share a scale in both operands the products of (code - zero) are added up in
     integers; each such sum is multiplied by float32 (scale of x * scale of the weight) and added to a float32 total,
     runs in ascending order. Returns float32 [..., n] in x's dtype. A kernel that does the same gives the same bits;
-    the zero points' share, sum(code) * zero, it may of course compute beforehand.
+    the zero points' share, sum(code) * zero, it may of course compute beforehand. Of fp8 the products are of floats of
+    8 bits, and the sums of a run exact: a kernel's are as near as its tensor cores add up.
     """
     weight, kind = QTensor.from_parts(parts, spec), activation_scheme(scheme)
     codes, scale, zero = codes_of(x, grid, kind)
@@ -161,10 +197,12 @@ def run_length(weight: Scheme, activation: Scheme, columns: int) -> int:
 
 
 def _weight_steps(weight: QTensor) -> tuple[Tensor, Tensor]:
-    """code - zero, float64 [n, k], and the scales, float32 [n, groups]."""
+    """code - zero, or what the codes stand for, float64 [n, k], and the scales, float32 [n, groups]."""
     assert isinstance(weight.scale, Tensor)
     groups = weight.scheme.groups(weight.columns)
     scale = weight.scale.float().expand(weight.rows, groups)
+    if weight.codebook is not None:
+        return weight.codebook[weight.unpacked().long()].double(), scale
     middle = torch.full_like(scale, weight.scheme.levels >> 1) if weight.zero is None else weight.zero.float()
     spread = middle.expand(weight.rows, groups)[:, weight.group_index()]
     return (weight.unpacked().float() - spread).double(), scale

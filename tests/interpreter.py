@@ -204,7 +204,7 @@ def with_item(original: Callable[..., None]) -> Callable[..., None]:
 
 def install() -> None:
     """Patch the interpreter, once."""
-    from qcompiler.kernels import codebook, linear_a8, linear_gguf, planes
+    from qcompiler.kernels import codebook, linear_a8, linear_float8, linear_gguf, planes
 
     builder = InterpreterBuilder
     if builder.create_inline_asm is inline_asm:
@@ -234,4 +234,6 @@ def install() -> None:
     ASSEMBLY[linear_a8.HIGH.value] = lambda words: words & np.int8(-16)
     ASSEMBLY[linear_a8.LOW.value] = lambda words: words << 4
     ASSEMBLY[planes.TAKE_TOP.value] = take_top
+    ASSEMBLY[linear_float8.LOW.value] = lambda words: words & np.int8(15)
+    ASSEMBLY[linear_float8.HIGH.value] = lambda words: words >> 4 & np.int8(15)
     ASSEMBLY[planes.PICK.value] = pick

@@ -28,6 +28,8 @@ def ran(recipe: str) -> tuple[Program, Runner]:
         ("int8:tensor:asym", "int8:channel:sym"),
         ("int4:g8:asym", "int4:g16:asym"),
         ("int8:g16:sym:dynamic", "int4:g8:sym"),
+        ("fp8:token:dynamic", "fp8:channel"),
+        ("fp8:token:dynamic", "int4:g8:asym"),
     ],
 )
 def test_codes_are_multiplied(activation: str, weight: str) -> None:
@@ -54,3 +56,5 @@ def test_groups_that_do_not_nest_stay_apart() -> None:
 def test_codes_of_another_kind_stay_apart() -> None:
     _, runner = ran("activations{scheme=nf4:g16:dynamic}, rtn{scheme=int4:g16}, integers")
     assert any("are not both integers" in text for text in runner.records[-1].refusals)
+    _, runner = ran("activations{scheme=fp8:token:dynamic}, rtn{scheme=int8:g16}, integers")
+    assert any("codes of int8:g16:sym are no floats of fp8:token:sym:dynamic" in t for t in runner.records[-1].refusals)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
 from qcompiler.kernels.norm_quantize import NormQuantize
+from qcompiler.kernels.packed_integers import sums_of
 from qcompiler.ops import qc
 from qcompiler.rounding import activation_scheme, codes_of, group_size
 from tests import interpreter
@@ -64,6 +65,25 @@ def test_against_the_meaning(
     if how.dynamic and not how.symmetric:
         assert found.zero is not None
         assert (found.zero + how.levels // 2 - zero.flatten()).abs().max() <= 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 200), st.sampled_from([0, 32, 256]))
+def test_floats_of_8_bits_and_their_sums(tokens: int, width: int, run: int) -> None:
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(width))
+    weight, scheme = torch.rand(width, generator=torch.Generator().manual_seed(run)) + 0.5, "fp8:token:dynamic"
+    found = NormQuantize.pack(weight, None, None, (), kind="rms", eps=1e-5, scheme=scheme, run=run)(x)
+    normed = torch.nn.functional.rms_norm(x, (width,), weight, 1e-5)
+    codes, scale, _ = codes_of(normed, [], activation_scheme(scheme))
+    assert found.codes.dtype == torch.float8_e4m3fn
+    assert found.scale is not None
+    torch.testing.assert_close(found.scale, scale.flatten(), rtol=1e-5, atol=0)
+    apart = (found.codes.float() != codes.flatten(-2)).float()
+    assert apart.mean() <= 0.02 or apart.sum() <= 1  # where the sums' last bits decide
+    torch.testing.assert_close(found.codes.float(), codes.flatten(-2), rtol=0.126, atol=2.0**-9)
+    if run:
+        assert found.sums is not None
+        torch.testing.assert_close(found.sums, sums_of(found.codes, run), rtol=1e-5, atol=1e-3)
 
 
 def test_ties_and_far_values_are_rounded_as_pytorch_rounds() -> None:

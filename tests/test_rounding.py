@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qcompiler.errors import RecipeError
 from qcompiler.ops import qc
-from qcompiler.rounding import NF4, activation_scheme, fake_quantize, integer_linear, run_length
+from qcompiler.rounding import NF4, activation_scheme, fake_quantize, float8_weight, integer_linear, run_length
 from qcompiler.scheme import QTensor, Scheme
 from tests.test_canonicalize import random
 
@@ -58,12 +58,42 @@ def test_nf4_values_are_quantiles() -> None:
     assert torch.equal(rounded.unique(), torch.tensor(NF4))
 
 
+def test_fp8_values_are_those_of_e4m3() -> None:
+    """Scaled so that the largest is 448: then multiples of 2^-9 near zero, and three bits of mantissa above."""
+    x = torch.tensor([[448.0, -3.0, 17.0, 0.0021, 0.0]])
+    assert fake_quantize(x, [], scheme="fp8:token:dynamic").tolist() == [[448.0, -3.0, 16.0, 2.0**-9, 0.0]]
+    wide = random(3, 64) * 7
+    rounded = fake_quantize(wide, [], scheme="fp8:token:dynamic")
+    step = (wide.abs() / 16).clamp(min=float(wide.abs().max()) / 448 * 2**-10)
+    assert bool(((rounded - wide).abs() <= step * 1.0001).all())
+    assert torch.equal(fake_quantize(torch.zeros(1, 4), [], scheme="fp8:token:dynamic"), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("weight", ["fp8:channel", "fp8:g16", "int4:g16:asym"])
+def test_floats_of_8_bits_give_what_floats_give(weight: str) -> None:
+    x, w, kind = random(3, 64), random(24, 64), Scheme.parse(weight)
+    q = float8_weight(w, kind) if kind.code == "fp" else QTensor.quantize(w, kind)
+    if kind.code == "fp":
+        assert float((q.dequantize() - w).norm() / w.norm()) < 0.03
+        assert len(q.unpacked().unique()) > 60  # and not the few that evenly spaced ones would need
+    found = integer_linear(x, list(q.parts().values()), [], spec=q.spec(), scheme="fp8:token:dynamic")
+    expected = F.linear(fake_quantize(x, [], scheme="fp8:token:dynamic"), q.dequantize())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_have_floats_of_8_bits_or_none() -> None:
+    with pytest.raises(RecipeError, match="floats are stored as fp8:channel or fp8:g<size>"):
+        float8_weight(torch.ones(2, 4), Scheme.parse("fp4:channel"))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("int8:tensor:dynamic", "make a token depend on its neighbours"),
         ("int8:token", "can only be dynamic"),
-        ("fp4:g32", "int2 to int8 or nf4"),
+        ("fp4:g32", "int2 to int8, fp8 or nf4"),
+        ("fp8:token:asym:dynamic", "write fp8:token:dynamic"),
+        ("fp8:tensor", "write fp8:token:dynamic"),
         ("nf4:g32", "write nf4:token:dynamic"),
     ],
 )

@@ -55,7 +55,9 @@ def test_every_width_keeps_its_budget_on_hopper(bits: int) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "linear_w4a8 run=128 int8:token:dynamic 14336x4096 M=16",
+        "linear_w4a8*run=128 int8:token*dynamic 14336x4096 M=16",
+        "linear_w4f8 run=128 * M=16",
+        "quantize int8:g128:asym *",
         "linear_nf4 nf4:g64:sym fp16 14336x4096 M=16",
         "linear_gguf Q?_K fp16 14336x4096 M=16",
         "attention_kvq int[34]:token* fp16 d=128 group=8",
@@ -71,6 +73,19 @@ def test_the_page_says_what_the_file_says(monkeypatch: pytest.MonkeyPatch) -> No
     page = importlib.import_module("kernels_page")
     found = json.loads((ROOT / "benchmarks" / "results" / "sass.json").read_text(encoding="utf-8"))
     assert page.PAGE.read_text(encoding="utf-8") == page.page(found), "make kernels-check writes docs/kernels.md"
+
+
+def test_the_page_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    page = importlib.import_module("kernels_page")
+    assert page.measured(tmp_path).startswith("Not measured")
+    row = {"name": "W4A16", "shape": [256, 512], "tokens": 1, "microseconds": 2.5}
+    rows = [row | {"of_bandwidth": 0.5, "of_rate": 0.1, "times_bf16": None}]
+    (tmp_path / "kernels.json").write_text(json.dumps({"gpu": "A GPU", "rows": rows}), encoding="utf-8")
+    assert page.measured(tmp_path).endswith("| W4A16 | 256x512 | 1 | 2.5 | 0.5 | 0.1 |  |\n")
+    models = [{"model": "1B", "batch": 1, "recipe": "W4A16", "tokens_per_second": 10.5, "times_bf16": 1.5}]
+    (tmp_path / "kernel_models.json").write_text(json.dumps({"gpu": "A GPU", "rows": models}), encoding="utf-8")
+    assert page.measured(tmp_path).endswith("| 1B | 1 | W4A16 | 10.5 | 1.5 |\n")
 
 
 def test_faults_are_named() -> None:

@@ -77,7 +77,8 @@ def integer_linear(
     low.refusals.append(product.at(name))
     kind = activation_scheme(scheme)
     # Its own scales, one for each token and block, are finer; to round before as well only costs time.
-    if kind.bits == 8 and kind.granularity in ("token", "group") and low.options.accuracy_level == 4:
+    blocks = f"{kind.code}{kind.bits}" == "int8" and kind.granularity in ("token", "group")
+    if blocks and low.options.accuracy_level == 4:
         low.refusals.append(No(f"MatMulNBits rounds activations to 8 bits in its own way, not {kind}", name))
     else:
         key = ("rounded", x, *grid, scheme)  # shared by the layers that read x

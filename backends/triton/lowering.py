@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.backends.triton.narrow import narrow
-from qcompiler.backends.triton.norms import codes_of_norm, fuse_norms
+from qcompiler.backends.triton.norms import codes_of_norm, fuse_norms, weight_name
 from qcompiler.errors import No
-from qcompiler.kernels import linear_a8, linear_gguf, linear_nf4, linear_wq
+from qcompiler.kernels import linear_a8, linear_float8, linear_gguf, linear_nf4, linear_wq
+from qcompiler.kernels.cost import H200, Device, device_at
 from qcompiler.kernels.operators import qct
 from qcompiler.kernels.packed_blocks import PackedBlocks
+from qcompiler.kernels.packed_float8 import PackedFloat8
 from qcompiler.kernels.packed_integers import PackedIntegers, runs_suit
 from qcompiler.kernels.packed_weight import PackedWeight
 from qcompiler.kernels.records import split
@@ -27,7 +29,13 @@ PACKED: dict[Kernel, Any] = {
     linear_nf4.KERNEL: linear_nf4.PackedCodebook,
     linear_gguf.KERNEL: PackedBlocks,
 }
-INTEGERS = (linear_a8.W4A8, linear_a8.W8A8)
+CODED: dict[Kernel, Any] = {
+    linear_a8.W4A8: PackedIntegers,
+    linear_a8.W8A8: PackedIntegers,
+    linear_float8.W4F8: PackedFloat8,
+    linear_float8.W8F8: PackedFloat8,
+}
+FLOATS = (linear_float8.W4F8, linear_float8.W8F8)
 
 
 @dataclass
@@ -68,28 +76,41 @@ def lowered(program: Program, dtype: str, device: torch.device) -> Lowered:
 def _accepted(found: Lowered) -> dict[fx.Node, Kernel]:
     """The quantized layers that a kernel takes, and which; the others' weights are decoded."""
     program, taken = found.program, dict[fx.Node, Kernel]()
+    gpu = gpu_of(found.device)
     refused: dict[str, torch.dtype] = {}
     for node in program.calls(qc.linear, qc.integer_linear):
-        answer = kernel_for(node, program.qtensor(_weight(node)))
+        answer = kernel_for(node, program.qtensor(weight_name(node)), gpu)
         if isinstance(answer, No):
             found.refusals.append(answer.at(f"triton: {node.meta.get('path', node.name)}"))
             found.count("decoded")
-            refused[_weight(node)] = node.meta["type"].dtype
+            refused[weight_name(node)] = node.meta["type"].dtype
         else:
             taken[node] = answer
     for name, dtype in refused.items():
         program.restore_tensor(name, program.qtensor(name).dequantize().to(dtype))
-    return {node: kernel for node, kernel in taken.items() if _weight(node) not in refused}
+    return {node: kernel for node, kernel in taken.items() if weight_name(node) not in refused}
 
 
-def kernel_for(node: fx.Node, weight: QTensor) -> Kernel | No:
+def gpu_of(device: torch.device) -> Device:
+    """What is known of the GPU, or of the one that kernels are laid out for."""
+    if device.type != "cuda":
+        return H200
+    return device_at(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def kernel_for(node: fx.Node, weight: QTensor, gpu: Device = H200) -> Kernel | No:
     """The first kernel that takes a layer, or every reason why none does."""
+    kernels = list(PACKED)
     if node.target is qc.integer_linear:
-        answer = _activation_suits(str(node.kwargs["scheme"]), weight)
+        scheme = str(node.kwargs["scheme"])
+        floats = activation_scheme(scheme).code == "fp"
+        answer = _activation_suits(scheme, weight)
+        answer = linear_float8.runs_on(gpu) if floats and answer else answer
         if isinstance(answer, No):
             return answer
+        kernels = [kernel for kernel in CODED if (kernel in FLOATS) == floats]
     reasons = []
-    for kernel in PACKED if node.target is qc.linear else INTEGERS:
+    for kernel in kernels:
         answer = kernel.accepts(weight)
         if answer:
             return kernel
@@ -106,13 +127,13 @@ def _activation_suits(scheme: str, weight: QTensor) -> Answer:
 
 def _place(found: Lowered, node: fx.Node, kernel: Kernel, packed: dict[Any, tuple[list[Tensor], str]]) -> None:
     """Put a kernel's operator in the place of a quantized layer."""
-    program, name, integers = found.program, _weight(node), node.target is qc.integer_linear
+    program, name, integers = found.program, weight_name(node), node.target is qc.integer_linear
     grid: Sequence[fx.Node] = node.args[2] if integers else ()  # type: ignore[assignment]
     key = (name, _inner(node), node.kwargs.get("scheme"), tuple(str(part.target) for part in grid))
     if key not in packed:
         weight = program.qtensor(name)
         tensors = [program.tensors[str(part.target)] for part in grid]
-        record = PackedIntegers.pack(weight, str(node.kwargs["scheme"]), tensors) if integers else None
+        record = CODED[kernel].pack(weight, str(node.kwargs["scheme"]), tensors) if integers else None
         packed[key] = split(record or PACKED[kernel].pack(weight, _inner(node)))
     parts, spec = packed[key]
     with program.graph.inserting_before(node):
@@ -125,11 +146,6 @@ def _place(found: Lowered, node: fx.Node, kernel: Kernel, packed: dict[Any, tupl
     else:
         program.replace(node, qct.linear, (node.args[0], stored, *node.args[2:3]), {"spec": spec})
     found.count(kernel.name)
-
-
-def _weight(node: fx.Node) -> str:
-    """The name of a quantized layer's weight."""
-    return str(node.args[1][0].target).partition("::")[0]  # type: ignore[index,union-attr]
 
 
 def _inner(node: fx.Node) -> torch.dtype:

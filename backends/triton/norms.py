@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from qcompiler.kernels.norm_quantize import NormQuantize
 from qcompiler.kernels.operators import qct
+from qcompiler.kernels.quantize import code_dtypes
 from qcompiler.kernels.records import split
 from qcompiler.ops import qc
 from qcompiler.program import Program, Type
@@ -22,9 +23,8 @@ NORMS: dict[Any, str] = {aten.rms_norm.default: "rms", aten.layer_norm.default: 
 def fuse_norms(program: Program, layers: Container[fx.Node]) -> int:
     """Let every norm that feeds only some of these integer layers, of one rounding, store codes; returns how many do.
 
-    Weights with zero points take the sums of runs of codes too, and so must have runs of one length.
-
-    `codes_of_norm` then tells what such a layer reads instead of its input.
+    Weights with zero points take the sums of runs of codes too, and so must have runs of one length. `codes_of_norm`
+    then tells what such a layer reads instead of its input.
     """
     fused = 0
     for node in program.calls(*NORMS):
@@ -45,9 +45,15 @@ def fuse_norms(program: Program, layers: Container[fx.Node]) -> int:
 
 def counted(program: Program, node: fx.Node) -> int:
     """Of how many columns an integer layer needs the sums of its input's codes; 0 is none."""
-    weight = program.qtensor(str(node.args[1][0].target).partition("::")[0])  # type: ignore[index,union-attr]
+    weight = program.qtensor(weight_name(node))
     kind = activation_scheme(str(node.kwargs["scheme"]))
-    return 0 if weight.zero is None else run_length(weight.scheme, kind, weight.columns)
+    centered = weight.zero is None if kind.code == "int" else weight.codebook is not None
+    return 0 if centered else run_length(weight.scheme, kind, weight.columns)
+
+
+def weight_name(node: fx.Node) -> str:
+    """The name of a quantized layer's weight."""
+    return str(node.args[1][0].target).partition("::")[0]  # type: ignore[index,union-attr]
 
 
 def codes_of_norm(node: fx.Node) -> tuple[fx.Node, ...] | None:
@@ -75,8 +81,9 @@ def _fuse(program: Program, node: fx.Node, readers: list[fx.Node], run: int = 0)
         parts, spec = split(norm)
         stored = [program.store(f"{node.name}::norm{i}", part, like=node) for i, part in enumerate(parts)]
         lead, runs = kind.shape[:-1], -(-kind.shape[-1] // run) if run else 0
-        sums = Type((runs, *lead), torch.int32)
-        types = (Type(kind.shape, torch.int8), *[Type(lead, torch.float32)] * 2, sums, kind)
+        rounded, summed = code_dtypes(activation_scheme(norm.scheme))
+        sums = Type((runs, *lead), summed)
+        types = (Type(kind.shape, rounded), *[Type(lead, torch.float32)] * 2, sums, kind)
         args = (*(x.args if whole else (x, None)), stored)
         called = program.call(qct.norm_quantize, args, {"spec": spec}, like=node, type=types)
         pieces = [program.call(operator.getitem, (called, i), like=node, type=types[i]) for i in range(5)]
