@@ -10,7 +10,7 @@ ARGS    ?=
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test lint types bench bench-quality kernels-check architectures decoder bless clean
+.PHONY: help dev demo test lint types bench bench-quality kernels-check architectures decoder bless fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ decoder: dev  ## train a small LayerNorm decoder into build/decoder, once; ARGS=
 
 bless: dev  ## rewrite the golden texts; then review their diff
 	QCOMPILER_BLESS=1 $(PYTEST) tests -m "golden and not slow" $(ARGS)
+
+fuzz: dev  ## damage checkpoints of every format 20,000 times, and demand one sentence: ARGS="--seed 1"
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz_formats $(ARGS)
 
 clean:  ## remove caches and build results, but not .venv
 	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

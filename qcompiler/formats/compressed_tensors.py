@@ -75,7 +75,8 @@ def _groups(folder: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     groups = list(found.values()) if isinstance(found, dict) else []
     for group in groups:
         good = isinstance(group, dict) and isinstance(group.get("weights"), dict)
-        if not good or not all(isinstance(target, str) for target in group.get("targets") or [0]):
+        targets = group.get("targets") if good else None
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise InputError(f'"{folder}": a group of config_groups has no targets or no weights: {str(group)[:150]}')
     if not groups:
         raise InputError(f'"{folder}": quantization_config has no config_groups')
