@@ -10,7 +10,7 @@ ARGS    ?=
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test lint types bench bench-quality kernels-check architectures decoder bless fuzz clean
+.PHONY: help dev demo test test-clients lint types bench bench-quality kernels-check architectures decoder bless fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,15 @@ demo: dev  ## quantize a small model and show what it cost
 
 test: dev  ## run the tests and doctests; the slow ones too: ARGS='-m ""'
 	$(PYTEST) $(ARGS)
+
+# GPTQModel comes without the packages it would move to other versions; those of .venv are seen through a .pth file.
+test-clients: dev  ## the tests with clients that need an environment of their own, in .clients/
+	test -d .clients/gptqmodel || { $(PY) -m venv .clients/gptqmodel && \
+	  $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > $$(.clients/gptqmodel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth; }
+	.clients/gptqmodel/bin/pip --disable-pip-version-check install --quiet --no-deps \
+	  gptqmodel==7.7.0 optimum==2.3.0 device-smi logbar tokenicer pypcre defuser
+	OMP_NUM_THREADS=1 .clients/gptqmodel/bin/python -m pytest tests/clients/test_gptqmodel.py $(ARGS)
 
 lint: dev  ## style, formatting, and who imports whom
 	.venv/bin/ruff check

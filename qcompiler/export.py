@@ -109,7 +109,7 @@ def _grids(program: Program) -> set[str]:
 
 def _inputs(program: Program) -> dict[str, Rounding]:
     """How inputs are rounded, by the name of the layer's weight."""
-    found = {}
+    found: dict[str, Rounding] = {}
     for node, scheme, grid in _rounded(program):
         whole = _weight(node)
         rounding = Rounding(Scheme.parse(scheme), tuple(program.tensors[str(part.target)] for part in grid))

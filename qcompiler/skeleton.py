@@ -70,7 +70,7 @@ class Skeleton:
         return cls._describe(made, model)
 
     @classmethod
-    def _describe(cls, config: Any, model: nn.Module) -> "Skeleton":
+    def _describe(cls, config: Any, model: Any) -> "Skeleton":
         own = {name: tuple(p.shape) for name, p in model.named_parameters()}
         first = {id(p): name for name, p in model.named_parameters()}
         every = dict(model.named_parameters(remove_duplicate=False))

@@ -157,7 +157,7 @@ def test_what_it_cannot_hold_is_refused() -> None:
     assert isinstance(form.holds(record), No)
     with pytest.raises(InputError, match="8-bit weights have one scale a row"):
         form.pack("x", record)
-    with pytest.raises(InputError, match="its codebook .nf4. is not bitsandbytes'"):
+    with pytest.raises(InputError, match=r"its codebook .nf4. is not bitsandbytes'"):
         form.pack("x", quantize_blocks(torch.randn(32, 64), "nf4", 32).with_parts(codebook=torch.linspace(-1, 1, 16)))
 
 
