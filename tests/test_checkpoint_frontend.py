@@ -78,7 +78,7 @@ def extra(folder: Path, name: str, tensor: torch.Tensor) -> Path:
 
 def test_tensors_without_a_place(folder: Path, tmp_path: Path) -> None:
     second = Path(shutil.copytree(folder, tmp_path / "second"))
-    with pytest.raises(CaptureError, match='has no place for, first "model.more.weight"'):
+    with pytest.raises(CaptureError, match=r'has no place for, first "model\.more\.weight"'):
         frontend.capture(extra(folder, "model.more.weight", torch.ones(2)))
     name = "model.layers.0.self_attn.q_proj.bias"  # old tools wrote biases of zeros for every layer
     assert len(frontend.capture(extra(second, name, torch.zeros(64))).codes) == 14

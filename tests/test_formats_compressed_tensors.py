@@ -1,6 +1,7 @@
 """compressed-tensors: what we write loads in transformers with the same logits, what its library writes loads here."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from torch import Tensor
 from qcompiler.codebooks import float8_map
 from qcompiler.compiler import compile
 from qcompiler.errors import InputError, No
+from qcompiler.export import checkpoint_of
 from qcompiler.formats import compressed_layers
 from qcompiler.formats import compressed_tensors as form
+from qcompiler.formats.checkpoint import Rounding
+from qcompiler.frontends.checkpoint import capture_checkpoint
 from qcompiler.scheme import QTensor, Scheme
 from tests.checkpoints import ids, logits_of, session, written
 
@@ -94,6 +98,27 @@ def test_layers_may_differ(tmp_path: Path) -> None:
     checkpoint = form.read(folder)
     schemes = {str(v.scheme) for v in checkpoint.tensors.values() if isinstance(v, QTensor)}
     assert schemes == {"int4:g32:sym", "int8:channel:sym"}
+
+
+def test_scales_of_caches_are_kept_and_used(tmp_path: Path) -> None:
+    compiled = session(f"canonicalize, {WAYS[0][0]}, {REST}")
+    checkpoint = checkpoint_of(compiled.program)
+    scheme = Scheme.parse("int8:tensor:sym")
+    names = [f"model.layers.{i}.self_attn.{x}" for i in range(2) for x in "kv"]
+    caches = {name: Rounding(scheme, (torch.tensor([0.05 * (i + 1)]),)) for i, name in enumerate(names)}
+    form.write(replace(checkpoint, caches=caches), tmp_path / "1")
+    again = compile(tmp_path / "1", "stored", backend="reference")
+    changed = float((again(ids()) - compiled(ids())).abs().max())
+    assert 0 < changed < 0.1
+    form.write(checkpoint_of(again.program), tmp_path / "2")
+    assert (tmp_path / "2" / "config.json").read_text() == (tmp_path / "1" / "config.json").read_text()
+    back = form.read(tmp_path / "2").caches
+    assert {name: back[name].grid[0].item() for name in names} == {n: caches[n].grid[0].item() for n in names}
+    with pytest.raises(InputError, match="which is no attention of the model"):
+        capture_checkpoint(replace(checkpoint, caches={"model.x.k": caches[names[0]]}))
+    eight = {names[0]: Rounding(Scheme.parse("fp8:tensor"), (torch.ones(1),))}
+    with pytest.raises(InputError, match="rounded to fp8:tensor:sym, which qcompiler does not compute"):
+        capture_checkpoint(replace(checkpoint, caches=eight))
 
 
 @pytest.mark.parametrize(
