@@ -121,8 +121,9 @@ def _caches(program: Program) -> dict[str, Rounding]:
     for node in program.calls(qc.attention, qc.cached_attention):
         path = str(node.meta.get("path", node.name))
         for word in ("key", "value") if node.kwargs.get("key") else ():
-            (part,) = node.kwargs[f"{word}_grid"]  # type: ignore[misc]
-            scale = program.tensors[str(part.target)].flatten()  # type: ignore[union-attr]
+            part: Any = node.kwargs[f"{word}_grid"]
+            part = part[0]
+            scale = program.tensors[str(part.target)].flatten()
             if not bool((scale == scale[0]).all()):
                 raise InputError(
                     f'the {word}s of "{path}" have a scale for each head, checkpoints one for all; compile without '

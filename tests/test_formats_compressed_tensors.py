@@ -105,7 +105,7 @@ def test_scales_of_caches_are_kept_and_used(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(compiled.program)
     scheme = Scheme.parse("int8:tensor:sym")
     names = [f"model.layers.{i}.self_attn.{x}" for i in range(2) for x in "kv"]
-    caches = {name: Rounding(scheme, (torch.tensor([0.05 * (i + 1)]),)) for i, name in enumerate(names)}
+    caches = {name: Rounding(scheme, (torch.tensor([0.01 * (i + 1)]),)) for i, name in enumerate(names)}
     form.write(replace(checkpoint, caches=caches), tmp_path / "1")
     again = compile(tmp_path / "1", "stored", backend="reference")
     changed = float((again(ids()) - compiled(ids())).abs().max())
