@@ -10,7 +10,8 @@ ARGS    ?=
 PYTEST  := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test lint types bench bench-quality bench-cpu kernels-check architectures decoder bless clean
+.PHONY: help dev demo test test-clients lint types bench bench-quality bench-cpu kernels-check architectures decoder bless
+.PHONY: fuzz clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +24,15 @@ demo: dev  ## quantize a small model and show what it cost
 
 test: dev  ## run the tests and doctests; the slow ones too: ARGS='-m ""'
 	$(PYTEST) $(ARGS)
+
+# GPTQModel comes without the packages it would move to other versions; those of .venv are seen through a .pth file.
+test-clients: dev  ## the tests with clients that need an environment of their own, in .clients/
+	test -d .clients/gptqmodel || { $(PY) -m venv .clients/gptqmodel && \
+	  $(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > $$(.clients/gptqmodel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth; }
+	.clients/gptqmodel/bin/pip --disable-pip-version-check install --quiet --no-deps \
+	  gptqmodel==7.7.0 optimum==2.3.0 device-smi logbar tokenicer pypcre defuser
+	OMP_NUM_THREADS=1 .clients/gptqmodel/bin/python -m pytest tests/clients/test_gptqmodel.py $(ARGS)
 
 lint: dev  ## style, formatting, and who imports whom
 	.venv/bin/ruff check
@@ -54,6 +64,9 @@ decoder: dev  ## train a small LayerNorm decoder into build/decoder, once; ARGS=
 
 bless: dev  ## rewrite the golden texts; then review their diff
 	QCOMPILER_BLESS=1 $(PYTEST) tests -m "golden and not slow" $(ARGS)
+
+fuzz: dev  ## damage checkpoints of every format 20,000 times, and demand one sentence: ARGS="--seed 1"
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz_formats $(ARGS)
 
 clean:  ## remove caches and build results, but not .venv
 	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -15,6 +15,7 @@ from qcompiler.program import Program
 from qcompiler.scheme import Scheme
 from qcompiler.skeleton import Skeleton
 
+CACHES = "int8:tensor:sym"
 LINEARS = (torch.ops.aten.linear.default, qc.linear, qc.integer_linear)
 
 
@@ -32,8 +33,9 @@ def checkpoint_of(program: Program, source: Path | None = None) -> Checkpoint:
     tensors = {**_floats(program), **dict(members(program))}
     skeleton = Skeleton.of(config, len(tensors))
     tensors = {name: value for name, value in tensors.items() if name not in skeleton.buffers}
-    inputs = _inputs(program)
-    tensors = {name: value for name, value in tensors.items() if name not in _grids(program)}
+    inputs, caches = _inputs(program), _caches(program)
+    grids = _grids(program)
+    tensors = {name: value for name, value in tensors.items() if name not in grids}
     untied = [name for name in skeleton.tied if name in tensors]
     if untied:
         config["tie_word_embeddings"] = False
@@ -45,7 +47,7 @@ def checkpoint_of(program: Program, source: Path | None = None) -> Checkpoint:
             "rewrote the model, so that only qcompiler runs it"
         )
     config["dtype"] = "float32"
-    return Checkpoint(config, tensors, source, inputs)
+    return Checkpoint(config, tensors, source, inputs, caches)
 
 
 def _check_operators(program: Program) -> None:
@@ -53,11 +55,13 @@ def _check_operators(program: Program) -> None:
     for node in program.calls(qc.hadamard, qc.reordered_norm, qc.onnx):
         raise InputError(f'"{node.meta.get("path", node.name)}" is {node.target}, which no checkpoint can say')
     for node in program.calls(qc.attention, qc.cached_attention):
-        rounded = [key for key in ("key", "value", "levels") if node.kwargs.get(key)]
-        if rounded:
+        rounded = {key: str(node.kwargs[key]) for key in ("key", "value", "levels") if node.kwargs.get(key)}
+        plain = not any(node.kwargs.get(key) for key in ("block", "recent", "first"))
+        if rounded and not (rounded == dict.fromkeys(("key", "value"), CACHES) and plain):
             raise InputError(
-                f'the attention "{node.meta.get("path", node.name)}" rounds its {rounded[0]}s, which no checkpoint can '
-                "say; compile without the pass kv"
+                f'the attention "{node.meta.get("path", node.name)}" rounds {", ".join(rounded)} by '
+                f"{', '.join(rounded.values())}; a checkpoint says {CACHES} alone: compile without the "
+                "pass kv"
             )
     for node in program.calls(qc.fake_quantize):
         if other := next((user for user in node.users if user.target not in LINEARS), None):
@@ -104,12 +108,34 @@ def _rounded(program: Program) -> Iterator[tuple[fx.Node, str, list[fx.Node]]]:
 
 def _grids(program: Program) -> set[str]:
     """The names of the tensors that are grids of rounded inputs."""
-    return {str(part.target) for _, _, grid in _rounded(program) for part in grid}
+    found = {str(part.target) for _, _, grid in _rounded(program) for part in grid}
+    for node in program.calls(qc.attention, qc.cached_attention):
+        for key in ("key_grid", "value_grid"):
+            found |= {str(part.target) for part in node.kwargs.get(key) or ()}  # type: ignore[union-attr]
+    return found
+
+
+def _caches(program: Program) -> dict[str, Rounding]:
+    """How keys and values are rounded, by attention module; InputError for heads with scales of their own."""
+    found = {}
+    for node in program.calls(qc.attention, qc.cached_attention):
+        path = str(node.meta.get("path", node.name))
+        for word in ("key", "value") if node.kwargs.get("key") else ():
+            part: Any = node.kwargs[f"{word}_grid"]
+            part = part[0]
+            scale = program.tensors[str(part.target)].flatten()
+            if not bool((scale == scale[0]).all()):
+                raise InputError(
+                    f'the {word}s of "{path}" have a scale for each head, checkpoints one for all; compile without '
+                    "the pass kv"
+                )
+            found[f"{path}.{word[0]}"] = Rounding(Scheme.parse(CACHES), (scale[:1],))
+    return found
 
 
 def _inputs(program: Program) -> dict[str, Rounding]:
     """How inputs are rounded, by the name of the layer's weight."""
-    found = {}
+    found: dict[str, Rounding] = {}
     for node, scheme, grid in _rounded(program):
         whole = _weight(node)
         rounding = Rounding(Scheme.parse(scheme), tuple(program.tensors[str(part.target)] for part in grid))

@@ -31,6 +31,7 @@ def as_json(model: nn.Module) -> dict[str, Any]:
     """A transformers model's configuration as config.json holds it; what JSON cannot hold (infinity) is left out."""
     config: Any = model.config
     found = json.loads(config.to_json_string(use_diff=False), parse_constant=lambda text: None)
+    found.pop("_name_or_path", None)  # where it was read from, or nothing
     return {**found, "architectures": [type(model).__name__]}
 
 
@@ -70,7 +71,7 @@ class Skeleton:
         return cls._describe(made, model)
 
     @classmethod
-    def _describe(cls, config: Any, model: nn.Module) -> "Skeleton":
+    def _describe(cls, config: Any, model: Any) -> "Skeleton":
         own = {name: tuple(p.shape) for name, p in model.named_parameters()}
         first = {id(p): name for name, p in model.named_parameters()}
         every = dict(model.named_parameters(remove_duplicate=False))

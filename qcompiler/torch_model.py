@@ -18,10 +18,10 @@ from qcompiler.skeleton import Skeleton
 class _ReadOnly(Tensor):
     """A decoded weight. What is written into `data`, as merging an adapter does, would be lost without a word."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         raise InputError(
             "the weight of a packed layer can be read, not changed; to merge an adapter, load it onto "
             "to_torch(session, dequantize=True)"

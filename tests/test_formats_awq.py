@@ -63,8 +63,8 @@ def test_the_layout_is_that_of_the_specification(group: int, symmetric: bool, ki
     assert torch.equal({"gemm": gemm, "gemv": gemv}[kind](parts, group), record.dequantize())
 
 
-@pytest.mark.parametrize("form", ["awq", "awq-gemv"])
-@pytest.mark.parametrize("scheme", ["int4:g32:sym", "int4:g32:asym"])
+@pytest.mark.parametrize("form", ["awq", pytest.param("awq-gemv", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", [pytest.param("int4:g32:sym", marks=pytest.mark.slow), "int4:g32:asym"])
 def test_a_written_folder_gives_the_same_logits_to_the_bit(scheme: str, form: str, tmp_path: Path) -> None:
     compiled = session(f"canonicalize, rtn{{scheme={scheme}}}, fuse, kv_cache, pack")
     folder = written(compiled, form, tmp_path / "out")

@@ -75,10 +75,10 @@ def test_symmetric_zero_points_are_the_words_that_readers_know() -> None:
     ("scheme", "form"),
     [
         ("int4:g32:sym", "gptq"),
-        ("int4:g32:asym", "gptq-v2"),
         ("int3:g32:asym", "gptq-v2"),
-        ("int8:channel:sym", "gptq"),
-        ("int2:g32:asym", "gptq-v2"),
+        pytest.param("int4:g32:asym", "gptq-v2", marks=pytest.mark.slow),
+        pytest.param("int8:channel:sym", "gptq", marks=pytest.mark.slow),
+        pytest.param("int2:g32:asym", "gptq-v2", marks=pytest.mark.slow),
     ],
 )
 def test_a_written_folder_gives_the_same_logits_to_the_bit(scheme: str, form: str, tmp_path: Path) -> None:
@@ -90,6 +90,7 @@ def test_a_written_folder_gives_the_same_logits_to_the_bit(scheme: str, form: st
     assert again.report.coverage["quantized"] == compiled.report.coverage["quantized"]
 
 
+@pytest.mark.slow
 def test_gptq_itself_survives_the_format(tmp_path: Path) -> None:
     compiled = session(f"canonicalize, gptq{{scheme=int4:g32:asym}}, {REST}", tied=True)
     again = compile(written(compiled, "gptq-v2", tmp_path / "out"), "stored", backend="reference")

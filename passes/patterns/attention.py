@@ -98,10 +98,10 @@ def trimmed(args: list[Any]) -> list[Any]:
 def options(sight: masks.Sight, how: dict[str, Any]) -> dict[str, Any]:
     """The options of an attention that differ from the usual ones."""
     every = how | {name: getattr(sight, name) for name in ("left", "right", "chunk")}
-    usual = {"left": -1, "right": -1, "chunk": 0, "softcap": 0.0}
-    return {name: value for name, value in every.items() if usual.get(name) != value}
+    return {name: value for name, value in every.items() if USUAL.get(name) != value}
 
 
+USUAL = {"left": -1, "right": -1, "chunk": 0, "softcap": 0.0}
 RULES: tuple[Rule, ...] = (ScaledDotProduct(), EagerAttention())
 
 
@@ -146,7 +146,8 @@ def fold_masks(program: Program, refuse: Callable[[No], None]) -> int:
         if isinstance(seen, No):
             refuse(No(f"its mask stays a tensor: {seen.reason}", f"{node.name} ({node.meta.get('path', '')})"))
             continue
-        how = options(seen, {name: given[name] for name in ("scale", "softcap")})
+        rounding = {name: value for name, value in node.kwargs.items() if name not in USUAL and name != "scale"}
+        how = rounding | options(seen, {name: given[name] for name in ("scale", "softcap")})
         args = [*node.args[:3], None, seen.padding, given["bias"], given["sinks"]]
         program.replace(node, qc.attention, trimmed(args), how)
         count += 1

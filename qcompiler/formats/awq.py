@@ -27,7 +27,16 @@ from qcompiler.formats.checkpoint import (
     open_folder,
     quantization_of,
 )
-from qcompiler.formats.folder import Uniform, finite, half_scales, plain_integers, refuse_roundings, write_folder, zeros
+from qcompiler.formats.folder import (
+    SHARD_BYTES,
+    Uniform,
+    finite,
+    half_scales,
+    plain_integers,
+    refuse_roundings,
+    write_folder,
+    zeros,
+)
 from qcompiler.formats.shards import Shards
 from qcompiler.formats.words import from_words, to_words
 from qcompiler.scheme import QTensor, Scheme, pack_bits
@@ -163,7 +172,7 @@ def _mixed(columns: Tensor) -> Tensor:
     return columns.reshape(columns.shape[0], -1, 8)[..., list(ORDER)].flatten(1).contiguous()
 
 
-def write(checkpoint: Checkpoint, folder: Path, kind: str, **limits: int) -> None:
+def write(checkpoint: Checkpoint, folder: Path, kind: str, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a folder that AutoAWQ, transformers, vLLM and TGI load; InputError for what it cannot hold."""
     same = Uniform("an AWQ checkpoint")
     refuse_roundings(checkpoint, "an AWQ checkpoint")
@@ -182,7 +191,7 @@ def write(checkpoint: Checkpoint, folder: Path, kind: str, **limits: int) -> Non
             "modules_to_not_convert": same.left_out(checkpoint),
         }
 
-    write_folder(checkpoint, folder, layer, options, **limits)
+    write_folder(checkpoint, folder, layer, options, shard_bytes=shard_bytes)
 
 
 def _format(kind: str, name: str, sizes: str) -> Format:

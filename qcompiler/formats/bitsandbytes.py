@@ -22,7 +22,7 @@ from torch import Tensor
 from qcompiler.codebooks import BLOCKS, NESTED, codebook, nested_record, quantize_blocks
 from qcompiler.errors import InputError, No
 from qcompiler.formats.checkpoint import Checkpoint, Format, lazily, method_is, open_folder
-from qcompiler.formats.folder import Uniform, finite, refuse_roundings, write_folder
+from qcompiler.formats.folder import SHARD_BYTES, Uniform, finite, refuse_roundings, write_folder
 from qcompiler.formats.shards import Shards
 from qcompiler.scheme import QTensor, Scheme
 
@@ -198,7 +198,7 @@ def pack(layer: str, record: QTensor) -> dict[str, Tensor]:
     return parts | {f"{layer}.{STATE}{kind}": torch.tensor(list(text), dtype=torch.uint8)}
 
 
-def write(checkpoint: Checkpoint, folder: Path, **limits: int) -> None:
+def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a folder that transformers loads with bitsandbytes; InputError for what it cannot hold."""
     same = Uniform("a bitsandbytes checkpoint")
     refuse_roundings(checkpoint, "a bitsandbytes checkpoint")
@@ -224,7 +224,7 @@ def write(checkpoint: Checkpoint, folder: Path, **limits: int) -> None:
             "llm_int8_skip_modules": same.left_out(checkpoint),
         }
 
-    write_folder(checkpoint, folder, layer, options, **limits)
+    write_folder(checkpoint, folder, layer, options, shard_bytes=shard_bytes)
 
 
 FORMATS = (

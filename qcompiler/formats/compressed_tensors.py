@@ -23,7 +23,7 @@ from qcompiler.codebooks import float8_map
 from qcompiler.errors import InputError, No
 from qcompiler.formats.checkpoint import Checkpoint, Format, Rounding, lazily, method_is, open_folder
 from qcompiler.formats.compressed_layers import pack, why_not
-from qcompiler.formats.folder import finite, write_folder
+from qcompiler.formats.folder import SHARD_BYTES, finite, write_folder
 from qcompiler.formats.shards import Shards
 from qcompiler.formats.words import from_words, word_count
 from qcompiler.scheme import QTensor, Scheme, pack_bits
@@ -75,7 +75,8 @@ def _groups(folder: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     groups = list(found.values()) if isinstance(found, dict) else []
     for group in groups:
         good = isinstance(group, dict) and isinstance(group.get("weights"), dict)
-        if not good or not all(isinstance(target, str) for target in group.get("targets") or [0]):
+        targets = group.get("targets") if good else None
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise InputError(f'"{folder}": a group of config_groups has no targets or no weights: {str(group)[:150]}')
     if not groups:
         raise InputError(f'"{folder}": quantization_config has no config_groups')
@@ -218,7 +219,7 @@ def _rounding(folder: Path, shards: Shards, scale: str, zero: str, found: Any) -
 # -- writing -------------------------------------------------------------------------------------------------
 
 
-def write(checkpoint: Checkpoint, folder: Path, **limits: int) -> None:
+def write(checkpoint: Checkpoint, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a folder that transformers, vLLM and TGI load; InputError for what it cannot hold.
 
     Layers may differ in their schemes. Scales are stored in the dtype of the checkpoint, float32: readers compute the
@@ -240,7 +241,7 @@ def write(checkpoint: Checkpoint, folder: Path, **limits: int) -> None:
 
     for name, rounding in checkpoint.caches.items():
         extra[f"{name}_scale"] = rounding.grid[0].float().reshape(1)
-    write_folder(checkpoint, folder, layer, options, also=lambda: extra, **limits)
+    write_folder(checkpoint, folder, layer, options, also=lambda: extra, shard_bytes=shard_bytes)
 
 
 def _options(checkpoint: Checkpoint, groups: Mapping[tuple[str, str], list[str]]) -> dict[str, Any]:

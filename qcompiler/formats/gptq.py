@@ -31,7 +31,16 @@ from qcompiler.formats.checkpoint import (
     open_folder,
     quantization_of,
 )
-from qcompiler.formats.folder import Uniform, finite, half_scales, plain_integers, refuse_roundings, write_folder, zeros
+from qcompiler.formats.folder import (
+    SHARD_BYTES,
+    Uniform,
+    finite,
+    half_scales,
+    plain_integers,
+    refuse_roundings,
+    write_folder,
+    zeros,
+)
 from qcompiler.formats.shards import Shards
 from qcompiler.formats.words import from_words, to_words, word_count
 from qcompiler.scheme import QTensor, Scheme, pack_bits
@@ -187,7 +196,7 @@ def pack(layer: str, record: QTensor, version: int) -> dict[str, Tensor]:
     }
 
 
-def write(checkpoint: Checkpoint, folder: Path, version: int, **limits: int) -> None:
+def write(checkpoint: Checkpoint, folder: Path, version: int, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a folder that GPTQModel, transformers, vLLM and TGI load; InputError for what it cannot hold."""
     same = Uniform("a GPTQ checkpoint")
     reordered: list[str] = []
@@ -213,12 +222,12 @@ def write(checkpoint: Checkpoint, folder: Path, version: int, **limits: int) -> 
             **_skipping(same.left_out(checkpoint)),
         }
 
-    write_folder(checkpoint, folder, layer, options, beside="quantize_config.json", **limits)
+    write_folder(checkpoint, folder, layer, options, beside="quantize_config.json", shard_bytes=shard_bytes)
 
 
 def _skipping(layers: Sequence[str]) -> dict[str, Any]:
     """How GPTQModel and vLLM are told of layers that stayed floats; the head is one without a word."""
-    rules = {f"-:^{re.escape(layer)}$": {} for layer in layers if layer != "lm_head"}
+    rules: dict[str, Any] = {f"-:^{re.escape(layer)}$": {} for layer in layers if layer != "lm_head"}
     return {"dynamic": rules} if rules else {}
 
 

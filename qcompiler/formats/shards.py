@@ -54,7 +54,7 @@ class Shards:
             path = folder / name
             try:
                 file = safe_open(path, framework="pt")
-                held = list(file.keys())
+                held: list[str] = list(file.keys())  # type: ignore[no-untyped-call]
             except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
                 raise InputError(
                     f'"{path}" is not a complete safetensors file ({_short(error)}); copy it again'
@@ -170,7 +170,7 @@ class ShardWriter:
 
     def _finish(self) -> None:
         count = len(self._shards)
-        places = {}
+        places: dict[str, str] = {}
         for i, held in enumerate(self._shards, start=1):
             name = SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
             (self.folder / f".shard-{i}").rename(self.folder / name)

@@ -75,6 +75,7 @@ def capture_checkpoint(checkpoint: Checkpoint, name: str = "") -> Program:
     found = {places.get(parameters[key].data_ptr(), key): record for key, record in codes.items()}
     program.codes = {key: record for key, record in found.items() if key in program.tensors}
     _round_inputs(program, checkpoint.inputs)
+    _round_caches(program, checkpoint.caches)
     return program
 
 
@@ -110,6 +111,36 @@ def _decoded(checkpoint: Checkpoint, skeleton: Skeleton, name: str) -> tuple[dic
     return floats, codes
 
 
+def _check_codes(name: str, rounding: Rounding) -> None:
+    """InputError for codes that activations cannot be rounded to here."""
+    if rounding.scheme.code != "int":
+        raise InputError(
+            f'"{name}" is rounded to {rounding.scheme}, which qcompiler does not compute; leave input_activations and '
+            "kv_cache_scheme out of config.json to load the weights alone"
+        )
+
+
+def _round_caches(program: Program, caches: Mapping[str, Rounding]) -> None:
+    """Round keys and values, as the checkpoint says."""
+    left = dict(caches)
+    for node in program.calls(qc.attention):
+        path = str(node.meta.get("path", node.name))
+        for place, word in ((1, "key"), (2, "value")):
+            rounding = left.pop(f"{path}.{word[0]}", None)
+            if rounding is None:
+                continue
+            _check_codes(f"{path}.{word[0]}", rounding)
+            heads = node.args[place].meta["type"].shape[1]  # type: ignore[union-attr]
+            with program.graph.inserting_before(node):
+                parts = zip(("scale", "zero"), rounding.grid, strict=False)
+                grid = [
+                    program.store(f"{path}.{word}_{n}", p.expand(heads).reshape(heads, 1, 1).clone()) for n, p in parts
+                ]
+            node.kwargs = {**node.kwargs, word: str(rounding.scheme), f"{word}_grid": grid}
+    if left:
+        raise InputError(f'the checkpoint rounds "{next(iter(left))}", which is no attention of the model')
+
+
 def _round_inputs(program: Program, inputs: Mapping[str, Rounding]) -> None:
     """Round what the layers read, as the checkpoint says; layers that read one value alike share its codes."""
     done: dict[Any, fx.Node] = {}
@@ -118,6 +149,7 @@ def _round_inputs(program: Program, inputs: Mapping[str, Rounding]) -> None:
         x = node.args[0]
         if rounding is None or not isinstance(x, fx.Node):
             continue
+        _check_codes(str(node.args[1].target), rounding)  # type: ignore[union-attr]
         key = (x, str(rounding.scheme), *(tuple(part.flatten().tolist()) for part in rounding.grid))
         if key not in done:
             with program.graph.inserting_before(node):
