@@ -87,7 +87,7 @@ class KQuant(Pass):
         """Means of squares by the program's names; nothing without an importance matrix."""
         if self.uses_data:
             found = _by_weight(program, ctx.statistics)
-            return {name: (total / max(count, 1)).float() for name, (count, total) in found.items()}
+            return {name: total.float() / max(count, 1) for name, (count, total) in found.items()}
         if not self.imatrix:
             return {}
         means = Imatrix.read(self.imatrix).means
