@@ -1,7 +1,7 @@
 """Scales that lose least: the search behind kquant, from its objective alone.
 
-For a group of values x with weights w, codes q and a scale s are sought that make the sum of w (x - s q)^2 small; with a
-minimum, of w (x - s q - m)^2. Given the codes the best scale (and minimum) is a weighted least-squares fit in closed
+For a group of values x with weights w, codes q and a scale s are sought that make the sum of w (x - s q)^2 small; with
+a minimum, of w (x - s q - m)^2. Given the codes the best scale (and minimum) is a weighted least-squares fit in closed
 form; given the scale the best codes are the nearest ones. So: scales around largest magnitude / number of levels are
 tried, each scored by the fit of the codes that it gives, and the best is then improved by turns. The same search
 quantizes the scales themselves: the loss of a group as a function of its scale is a parabola, so its scales are values
@@ -39,6 +39,7 @@ class Levels:
         if self.book is None:
             return (values.round().clamp_(self.low, self.high) - self.low).to(torch.uint8)
         return _nearest(self.book)[0][_cells(values)]
+
     def reaches(self, count: int) -> list[float]:
         """How many steps the largest magnitude of a group is tried to be: its code, or more, so that it is clipped.
 

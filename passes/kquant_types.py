@@ -64,9 +64,9 @@ def _piece(rows: Tensor, kind: Kind, importance: Tensor | None) -> QTensor:
 def weights(rows: Tensor, kind: Kind, importance: Tensor | None) -> Tensor:
     """How much each value's error counts; [rows, columns].
 
-    The importance of its channel (a channel that calibration never saw still counts a little), times the root of its own
-    square plus its block's mean square. That factor comes from measurement: without it the squared error is smaller and
-    the perplexity of 3-bit files larger; the squares themselves make 4-bit files worse (docs/formats.md).
+    The importance of its channel (a channel that calibration never saw still counts a little), times the root of its
+    own square plus its block's mean square: large weights matter more than the plain squared error says, which gives
+    3-bit files a larger perplexity.
     """
     squares = rows.unflatten(1, (-1, kind.block)).square()
     own = (squares + squares.mean(-1, keepdim=True)).sqrt_().clamp_(min=1e-30).flatten(1)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
-xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp (a prebuilt llama.cpp) is not installed; `make dev` does")
+xllamacpp = pytest.importorskip(
+    "xllamacpp", reason="xllamacpp (a prebuilt llama.cpp) is not installed; `make dev` does"
+)
 
 
 class LlamaCpp:
@@ -24,7 +26,13 @@ class LlamaCpp:
         self.server = xllamacpp.Server(params)
 
     def _complete(self, ids: list[int], **options: Any) -> Any:
-        request = {"prompt": ids, "cache_prompt": False, "ignore_eos": True, "stream": False, "samplers": ["temperature"]}
+        request = {
+            "prompt": ids,
+            "cache_prompt": False,
+            "ignore_eos": True,
+            "stream": False,
+            "samplers": ["temperature"],
+        }
         answer = self.server.handle_completions(request | options)
         answer = answer[0] if isinstance(answer, list | tuple) else answer
         answer = json.loads(answer) if isinstance(answer, str | bytes) else answer
@@ -51,7 +59,10 @@ def quantized(weight: np.ndarray, kind: str, importance: np.ndarray | None = Non
     library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
     function = library.ggml_quantize_chunk
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
-    function.restype, function.argtypes = ctypes.c_size_t, [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer]
+    function.restype, function.argtypes = (
+        ctypes.c_size_t,
+        [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer],
+    )
     number = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[number]
     rows, columns = weight.shape

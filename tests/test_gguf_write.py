@@ -139,18 +139,18 @@ def test_refusals(captured: Program, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     with pytest.raises(InputError, match="only a program captured from a GGUF file"):
         gguf_write.write(tiny_llama(), out)
-    with pytest.raises(InputError, match="floats=\"F64\" is none of F32, F16"):
+    with pytest.raises(InputError, match='floats="F64" is none of F32, F16'):
         gguf_write.write(captured, out, floats="F64")
     with pytest.raises(InputError, match=r"blk\.0\.attn_q\.weight.*groups of 16"):
         gguf_write.write(compiled(captured, "canonicalize, rtn{scheme=int4:g16}"), out)
     with pytest.raises(InputError, match="rounded activations, which llama.cpp's graph has no place for"):
         gguf_write.write(compiled(captured, "canonicalize, activations{include=*mlp*}"), out)
     moved = captured.copy()
-    moved.info["tokenizer"] = str(tmp_path / "gone.gguf")
+    moved.info["gguf"]["file"] = str(tmp_path / "gone.gguf")
     with pytest.raises(InputError, match=r"gone\.gguf.*is gone; put it back"):
         gguf_write.write(moved, out)
     small = captured.copy()
-    name = small.info["gguf"]["blk.0.ffn_up.weight"]
+    name = small.info["gguf"]["names"]["blk.0.ffn_up.weight"]
     small.tensors[name] = small.tensors[name][:32]
     with pytest.raises(InputError, match=r"has become \[32, 64\]"):
         gguf_write.write(small, out)

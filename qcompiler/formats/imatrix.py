@@ -51,7 +51,11 @@ class Imatrix:
         except OSError as error:
             raise InputError(f'cannot read "{path}": {error.strerror}') from None
         for name, total in found.sums.items():
-            if not bool(torch.isfinite(total).all()) or bool((total < 0).any()) or not 0 < found.counts[name] < math.inf:
+            if (
+                not bool(torch.isfinite(total).all())
+                or bool((total < 0).any())
+                or not 0 < found.counts[name] < math.inf
+            ):
                 raise InputError(f'"{path}": the entry "{name}" holds values that are no sums of squares')
         return found
 
