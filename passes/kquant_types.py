@@ -69,7 +69,7 @@ def weights(rows: Tensor, kind: Kind, importance: Tensor | None) -> Tensor:
     3-bit files a larger perplexity.
     """
     squares = rows.unflatten(1, (-1, kind.block)).square()
-    own = (squares + squares.mean(-1, keepdim=True)).sqrt_().clamp_(min=1e-30).flatten(1)
+    own: Tensor = (squares + squares.mean(-1, keepdim=True)).sqrt_().clamp_(min=1e-30).flatten(1)
     if importance is None:
         return own
     return own * importance.float().clamp(min=float(importance.mean()) * 1e-4 + 1e-30)
@@ -131,6 +131,7 @@ def _two_level_scales(x: Tensor, w: Tensor, kind: Kind) -> QTensor:
         lost = (w * (x - value).square()).sum((-1, -2))
         found = (levels.places(inner), places, step)
         best, loss = _better(found, lost, best, loss)
+    assert best is not None
     codes, places, step = best
     return _record(kind, codes, level(kind.name, places, step))
 
@@ -170,6 +171,7 @@ def _two_level_lines(x: Tensor, w: Tensor, kind: Kind) -> QTensor:
         value = codes * scale[..., None] + minimum[..., None]
         lost = (w * (x - value).square()).sum((-1, -2))
         best, loss = _better((codes.to(torch.uint8), scales, step, minima, low), lost, best, loss)
+    assert best is not None
     codes, scales, step, minima, low = best
     return _record(kind, codes, level(kind.name, scales, step), level(kind.name, minima, -low))
 

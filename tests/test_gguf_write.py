@@ -143,7 +143,7 @@ def test_refusals(captured: Program, tmp_path: Path) -> None:
         gguf_write.write(captured, out, floats="F64")
     with pytest.raises(InputError, match=r"blk\.0\.attn_q\.weight.*groups of 16"):
         gguf_write.write(compiled(captured, "canonicalize, rtn{scheme=int4:g16}"), out)
-    with pytest.raises(InputError, match="rounded activations, which llama.cpp's graph has no place for"):
+    with pytest.raises(InputError, match=r"rounded activations, which llama\.cpp's graph has no place for"):
         gguf_write.write(compiled(captured, "canonicalize, activations{include=*mlp*}"), out)
     moved = captured.copy()
     moved.info["gguf"]["file"] = str(tmp_path / "gone.gguf")

@@ -98,9 +98,10 @@ def test_damaged_files_are_read_or_refused(name: str, data: st.DataObject, tmp_p
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    said, means = "", {}
     try:
-        found = Imatrix.read(path)
+        means = dict(Imatrix.read(path).means)
     except InputError as error:
-        assert "\n" not in str(error)
-    else:
-        assert all(bool(torch.isfinite(mean).all()) for mean in found.means.values())
+        said = str(error)
+    assert "\n" not in said
+    assert all(bool(torch.isfinite(mean).all()) for mean in means.values())
