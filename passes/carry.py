@@ -14,7 +14,7 @@ from qcompiler.scheme import QTensor
 
 @dataclass(frozen=True)
 class Carry(Pass):
-    """Use a quantized file's own codes (GGUF: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0) instead of quantizing again.
+    """Use a quantized file's own codes (GGUF: all types that formats/gguf_types.py lists) instead of quantizing again.
 
     A tensor that has changed since it was decoded keeps its floats, with a No that says so.
     """
@@ -26,7 +26,7 @@ class Carry(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Put the codes in place of every float tensor that is still bit for bit what they stand for."""
         if not program.codes:
-            ctx.refuse(No("the source stored no codes: only GGUF files with Q4_0 to Q8_0 tensors do"))
+            ctx.refuse(No("the source stored no codes: only GGUF files with block-quantized tensors do"))
         for name, record in program.codes.items():
             answer = unchanged(program, name, record)
             if isinstance(answer, No):

@@ -87,7 +87,7 @@ class KQuant(Pass):
         """Means of squares by the program's names; nothing without an importance matrix."""
         if self.uses_data:
             found = _by_weight(program, ctx.statistics)
-            return {name: (total / max(count, 1)).float() for name, (count, total) in found.items()}
+            return {name: total.float() / max(count, 1) for name, (count, total) in found.items()}
         if not self.imatrix:
             return {}
         means = Imatrix.read(self.imatrix).means
@@ -119,9 +119,9 @@ def _by_weight(program: Program, statistics: Any) -> dict[str, tuple[int, Tensor
 
 
 def _tables(program: Program) -> list[str]:
-    """The weights of token embeddings."""
-    nodes = program.calls(torch.ops.aten.embedding.default)
-    names = [str(n.args[0].target) for n in nodes if isinstance(n.args[0], torch.fx.Node) and n.args[0].op == "get_attr"]
+    """The weights of token embeddings; those of positions stay floats, as llama.cpp has them."""
+    sources = [node.args[0] for node in program.calls(torch.ops.aten.embedding.default)]
+    names = [str(s.target) for s in sources if isinstance(s, torch.fx.Node) and s.op == "get_attr"]
     known = gguf_names(program)
     return [name for name in names if known.get(name, "token_embd").startswith("token_embd")]
 
@@ -129,15 +129,15 @@ def _tables(program: Program) -> list[str]:
 def _places(program: Program, weighed: bool) -> dict[str, Place]:
     """Where each tensor stands, by the names GGUF has for them."""
     names = {name: stored.split(".") for name, stored in gguf_names(program).items()}
-    count = 1 + max((int(words[1]) for words in names.values() if words[0] == "blk"), default=-1)
-    tied = all(words[0] != "output" for words in names.values())
-    rows = {words[2]: program.tensors[name].shape[0] for name, words in names.items() if words[0] == "blk" and name in program.tensors}
+    blocks = {name: words for name, words in names.items() if words[0] == "blk"}
+    count = 1 + max((int(words[1]) for words in blocks.values()), default=-1)
+    rows = {words[2]: program.tensors[name].shape[0] for name, words in blocks.items() if name in program.tensors}
     queries = rows.get("attn_q", 1) // max(rows.get("attn_v", 1), 1)
-    found = {}
-    for name, words in names.items():
-        inside = words[0] == "blk"
-        role = words[2] if inside else "output" if tied and words[0] == "token_embd" else words[0]
-        found[name] = Place(role, int(words[1]) if inside else 0, count, queries, weighed)
+    found = {name: Place(words[2], int(words[1]), count, queries, weighed) for name, words in blocks.items()}
+    tied = all(words[0] != "output" for words in names.values())
+    for name in names.keys() - blocks.keys():
+        role = names[name][0]
+        found[name] = Place("output" if tied and role == "token_embd" else role, weighed=weighed)
     return found
 
 

@@ -1,8 +1,8 @@
 """Mixtures of types: which of GGUF's types a mixture such as Q4_K_M gives to which tensor.
 
 The tables are llama.cpp's (its quantize tool), so that files of one name have one size: the values of attention and
-the second layer of the feed-forward network get more bits, in some blocks or all; the output gets six; and rows that are
-no multiple of 256 get the type with blocks of 32 that has a little more.
+the second layer of the feed-forward network get more bits, in some blocks or all; the output gets six; and rows that
+are no multiple of 256 get the type with blocks of 32 that has a little more.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,7 @@ class Mixture:
         return fitting(self.base, columns)
 
 
-FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL"}
+FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q2_K": "Q4_0", "Q3_K": "Q4_0", "IQ4_XS": "IQ4_NL"}
 
 
 def fitting(kind: str, columns: int) -> str | No:

@@ -1,7 +1,7 @@
 """Scales that lose least: the search behind kquant, from its objective alone.
 
-For a group of values x with weights w, codes q and a scale s are sought that make the sum of w (x - s q)^2 small; with a
-minimum, of w (x - s q - m)^2. Given the codes the best scale (and minimum) is a weighted least-squares fit in closed
+For a group of values x with weights w, codes q and a scale s are sought that make the sum of w (x - s q)^2 small; with
+a minimum, of w (x - s q - m)^2. Given the codes the best scale (and minimum) is a weighted least-squares fit in closed
 form; given the scale the best codes are the nearest ones. So: scales around largest magnitude / number of levels are
 tried, each scored by the fit of the codes that it gives, and the best is then improved by turns. The same search
 quantizes the scales themselves: the loss of a group as a function of its scale is a parabola, so its scales are values
@@ -10,6 +10,7 @@ and the parabolas' curvatures their weights.
 All tensors are float32 [..., values of a group]; groups are independent, and everything is done for all at once.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ TINY = 1e-30
 
 @dataclass(frozen=True)
 class Levels:
-    """What codes stand for: whole numbers from `low` to `high`, or the entries of an ascending `book`."""
+    """What codes stand for: whole numbers from `low` to `high`, or the entries, whole too, of an ascending `book`."""
 
     low: float
     high: float
@@ -31,14 +32,13 @@ class Levels:
         """The level nearest to each value; `values` may be overwritten."""
         if self.book is None:
             return values.round_().clamp_(self.low, self.high)
-        return torch.tensor(self.book)[self.places(values).int()]
+        return _nearest(self.book)[1][_cells(values)]
 
     def places(self, values: Tensor) -> Tensor:
         """The number of the nearest level of each value, counted from the lowest, uint8."""
         if self.book is None:
             return (values.round().clamp_(self.low, self.high) - self.low).to(torch.uint8)
-        entries = torch.tensor(self.book)
-        return torch.bucketize(values.contiguous(), (entries[1:] + entries[:-1]) / 2, out_int32=True).to(torch.uint8)
+        return _nearest(self.book)[0][_cells(values)]
 
     def reaches(self, count: int) -> list[float]:
         """How many steps the largest magnitude of a group is tried to be: its code, or more, so that it is clipped.
@@ -53,6 +53,23 @@ class Levels:
             within = end - unit * (0.75 if end > 0 else -0.75)
             found += [end, *torch.linspace(within, beyond, count // len(ends) - 1).tolist()]
         return found
+
+
+def _cells(values: Tensor) -> Tensor:
+    """Which half-integer below each value, counted from -256: where `_nearest` has its entry; int32."""
+    return (values * 2).floor_().clamp_(-256, 255).add_(256).int()
+
+
+@functools.cache
+def _nearest(book: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """For values from each half-integer to the next the nearest entry's number, uint8, and the entry.
+
+    Between whole numbers every boundary is a half-integer, so a look-up is exact, and faster than a search.
+    """
+    entries = torch.tensor(book)
+    centres = (torch.arange(-256, 256) + 0.5) / 2
+    places = torch.bucketize(centres, (entries[1:] + entries[:-1]) / 2)
+    return places.to(torch.uint8), entries[places]
 
 
 class Line(NamedTuple):

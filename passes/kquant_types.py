@@ -62,11 +62,17 @@ def _piece(rows: Tensor, kind: Kind, importance: Tensor | None) -> QTensor:
 
 
 def weights(rows: Tensor, kind: Kind, importance: Tensor | None) -> Tensor:
-    """How much each value's error counts; [rows, columns]."""
+    """How much each value's error counts; [rows, columns].
+
+    The importance of its channel (a channel that calibration never saw still counts a little), times the root of its
+    own square plus its block's mean square: large weights matter more than the plain squared error says, which gives
+    3-bit files a larger perplexity.
+    """
+    squares = rows.unflatten(1, (-1, kind.block)).square()
+    own: Tensor = (squares + squares.mean(-1, keepdim=True)).sqrt_().clamp_(min=1e-30).flatten(1)
     if importance is None:
-        return torch.ones_like(rows)
-    # A channel that calibration never saw still counts a little.
-    return importance.float().clamp(min=float(importance.mean()) * 1e-4 + 1e-30).expand_as(rows)
+        return own
+    return own * importance.float().clamp(min=float(importance.mean()) * 1e-4 + 1e-30)
 
 
 def _levels(kind: Kind) -> Levels:
@@ -125,6 +131,7 @@ def _two_level_scales(x: Tensor, w: Tensor, kind: Kind) -> QTensor:
         lost = (w * (x - value).square()).sum((-1, -2))
         found = (levels.places(inner), places, step)
         best, loss = _better(found, lost, best, loss)
+    assert best is not None
     codes, places, step = best
     return _record(kind, codes, level(kind.name, places, step))
 
@@ -164,6 +171,7 @@ def _two_level_lines(x: Tensor, w: Tensor, kind: Kind) -> QTensor:
         value = codes * scale[..., None] + minimum[..., None]
         lost = (w * (x - value).square()).sum((-1, -2))
         best, loss = _better((codes.to(torch.uint8), scales, step, minima, low), lost, best, loss)
+    assert best is not None
     codes, scales, step, minima, low = best
     return _record(kind, codes, level(kind.name, scales, step), level(kind.name, minima, -low))
 

@@ -23,7 +23,7 @@ def run(name: str, *arguments: str) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    tested = {"torch_compile.py", "huggingface_to_onnx.py", "own_calibration.py"}
+    tested = {"torch_compile.py", "huggingface_to_onnx.py", "own_calibration.py", "quantize_gguf.py"}
     tested |= {"plain_onnxruntime.py"}  # tests/test_travel.py
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
@@ -61,3 +61,15 @@ def test_own_calibration() -> None:
     printed = run("own_calibration.py")
     assert printed.count("by gptq, outputs changed by") == 14
     assert "lm_head.weight: int8:g128:sym by rtn" in printed
+
+
+def test_quantize_gguf(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from tests.test_gguf import write_model
+
+    text = tmp_path / "text.txt"
+    text.write_text("then in the end " * 400)
+    source = write_model(tmp_path / "in.gguf")
+    printed = run("quantize_gguf.py", str(source), str(tmp_path / "out.gguf"), str(text), "q5_0")
+    assert "tensors of Q5_0" in printed
+    assert (tmp_path / "out.imatrix.gguf").is_file()

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qcompiler.data import check_samples
 from qcompiler.errors import CaptureError, InputError, No
@@ -16,6 +18,7 @@ from qcompiler.frontends import gguf as frontend
 from qcompiler.passes.carry import Carry
 from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
+from qcompiler.scheme import QTensor
 
 gguf = pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
 
@@ -357,8 +360,46 @@ def test_damaged_headers_are_read_or_refused(tiny: Path, tmp_path: Path) -> None
     assert refused > 50
 
 
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_files_decode_or_are_refused(tiny: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Bytes replaced, or whole numbers of the header made huge; what is still read has the shape it announces."""
+    content = bytearray(tiny.read_bytes())
+    header = min(t.start for t in GgufFile.read(tiny).tensors.values())
+    for _ in range(data.draw(st.integers(1, 3))):
+        if data.draw(st.booleans()):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        else:
+            at, value = data.draw(st.integers(0, header - 8)), data.draw(st.sampled_from((0, 2**31, 2**63, 2**64 - 1)))
+            content[at : at + 8] = struct.pack("<Q", value)
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    said = ""
+    try:
+        file = GgufFile.read(path)
+        stored = file.tensors.get(data.draw(st.sampled_from(sorted(GgufFile.read(tiny).tensors))))
+        if stored is not None:
+            record = file.qtensor(stored.name)
+            decoded = record.dequantize().numpy() if isinstance(record, QTensor) else file.floats(stored.name)
+            assert decoded.shape == stored.shape
+    except InputError as error:
+        said = str(error)
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_that_are_not_numbers_are_refused(kind: str, tiny: Path, tmp_path: Path) -> None:
+    content, file = bytearray(tiny.read_bytes()), GgufFile.read(tiny)
+    victim = next(t for t in file.tensors.values() if t.kind == kind)
+    content[victim.start : victim.start + 2] = np.float16("nan").tobytes()
+    (tmp_path / "nan.gguf").write_bytes(content)
+    with pytest.raises(InputError, match=f'tensor "{victim.name}" holds values that are not finite'):
+        frontend.capture(tmp_path / "nan.gguf")
+
+
 def test_smollm2_codes(tmp_path: Path) -> None:
-    model, codes = frontend.load(GgufFile.read(smollm2()))
+    model, weights = frontend.load(GgufFile.read(smollm2()))
+    codes = weights.codes
     parameters = dict(model.named_parameters())
     assert len(codes) == 211
     assert sorted({str(record.scheme) for record in codes.values()}) == ["int4:g32:asym", "int8:g32:sym"]

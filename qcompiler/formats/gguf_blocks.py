@@ -114,7 +114,8 @@ def _fifth_bits(blocks: Tensor, start: int) -> Tensor:
 
 def _fifth_bytes(codes: Tensor) -> Tensor:
     """What `_fifth_bits` reads, from codes [rows, blocks, 32]: uint8 [rows, blocks, 4]."""
-    return ((codes >> 4 & 1).unflatten(-1, (4, 8)) << _PLACES).sum(-1, dtype=torch.uint8)
+    found: Tensor = ((codes >> 4 & 1).unflatten(-1, (4, 8)) << _PLACES).sum(-1, dtype=torch.uint8)
+    return found
 
 
 def _powers(blocks: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def gguf_names(program: Program) -> dict[str, str]:
 
     A tensor for which neither has a name is left out.
     """
-    known = {name: stored for stored, name in program.info.get("gguf", {}).items()}
+    known = {name: stored for stored, name in program.info.get("gguf", {}).get("names", {}).items()}
     tensors = {name.partition("::")[0] for name in program.tensors}
     return known or {name: found for name in sorted(tensors) if (found := gguf_name(name))}
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from qcompiler.errors import No
 from qcompiler.formats import gguf_blocks, k_quants
 from qcompiler.formats.gguf_blocks import Kind
-from qcompiler.scheme import QTensor, Scheme, pack_bits
+from qcompiler.scheme import QTensor, pack_bits
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (*gguf_blocks.KINDS, *k_quants.KINDS)}
 SIGNED = ("Q4_0", "Q5_0", "Q8_0")  # scale * (code - half the codes), a float16 scale for 32 neighbours
@@ -24,6 +24,7 @@ def encode(record: QTensor) -> tuple[str, Tensor] | No:
     A record in one of GGUF's own forms keeps its codes. One with integer codes around a zero point, and groups of a
     multiple of 32, keeps its steps: as Q4_0, Q5_0 or Q8_0, whichever is the smallest that counts as far.
 
+    >>> from qcompiler.scheme import Scheme
     >>> kind, blocks = encode(QTensor.quantize(torch.randn(2, 256), Scheme.parse("int4:g128:sym")))
     >>> kind, tuple(blocks.shape)
     ('Q4_0', (2, 144))

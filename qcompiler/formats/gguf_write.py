@@ -1,9 +1,10 @@
 """GGUF, written: a program's tensors in the place of those of the file it came from.
 
-Tokenizer, metadata and the names of tensors are the source's; the rows of queries and keys go back to the order in which
-llama.cpp wants them; codes are moved, never computed.
+Tokenizer, metadata and the names of tensors are the source's; the rows of queries and keys go back to the order in
+which llama.cpp wants them; codes are moved, never computed.
 """
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from qcompiler.scheme import QTensor
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16}
 # What another graph computes than the one that llama.cpp builds from the architecture's name.
-FOREIGN = {
+FOREIGN: dict[Any, str] = {
     qc.fake_quantize: "rounded activations",
     qc.integer_linear: "rounded activations",
     qc.hadamard: "rotations at run time",
@@ -83,7 +84,7 @@ class Item:
     @property
     def nbytes(self) -> int:
         """How many bytes are stored."""
-        return int(np.prod(self.byte_shape))
+        return math.prod(self.byte_shape)
 
     def data(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The stored bytes, uint8."""
@@ -104,7 +105,7 @@ def _source(program: Program) -> GgufFile:
             "only a program captured from a GGUF file can be written as one: metadata and tokenizer are that file's; "
             "capture the model's F16 or F32 GGUF file"
         )
-    path = Path(program.info["tokenizer"])
+    path = Path(program.info["gguf"]["file"])
     if not path.is_file():
         raise InputError(f'"{path}", from which metadata and tokenizer would be taken, is gone; put it back')
     return GgufFile.read(path)
@@ -117,7 +118,7 @@ def _check_graph(program: Program) -> None:
             f'node "{node.name}" is {FOREIGN[node.target]}, which llama.cpp\'s graph has no place for; '
             "use a recipe that quantizes weights only"
         )
-    named = set(program.info["gguf"].values())
+    named = set(program.info["gguf"]["names"].values())
     aten = torch.ops.aten
     for node in program.calls(aten.linear.default, aten.embedding.default, qc.linear, qc.embedding):
         for name in _tensors_of(node):
@@ -135,7 +136,7 @@ def _tensors_of(node: Any) -> list[str]:
 def _plan(program: Program, file: GgufFile, floats: str) -> Iterator[Item]:
     """What to write for each tensor of the source, in its order."""
     found, processor = dict(members(program)), processor_of(file)
-    names: dict[str, str] = program.info["gguf"]
+    names: dict[str, str] = program.info["gguf"]["names"]
     for name, stored in file.tensors.items():
         if name not in names:  # rope_freqs and the like, which no pass touches
             yield Item(name, "F32", torch.from_numpy(np.array(file.floats(name))), None)
@@ -143,7 +144,7 @@ def _plan(program: Program, file: GgufFile, floats: str) -> Iterator[Item]:
         value = found.get(names[name])
         if value is None or tuple(value.shape) != stored.shape:
             what = "is gone" if value is None else f"has become {list(value.shape)}"
-            raise InputError(f'tensor "{name}" ({names[name]}) {what}: a pass of the recipe took it; leave that pass out')
+            raise InputError(f'tensor "{name}" ({names[name]}) {what}: a pass of the recipe did that; leave it out')
         order = row_order(processor, name, stored.shape[0])
         if isinstance(order, No):
             raise _refused(name, order)
@@ -179,7 +180,7 @@ def _file_type(program: Program, plan: list[Item]) -> int:
     types = require("gguf", "gguf").LlamaFileType
     count: Counter[str] = Counter()
     for item in plan:
-        count[item.kind] += item.value.shape.numel() if isinstance(item.value, Tensor) else int(np.prod(item.value.shape))
+        count[item.kind] += math.prod(item.value.shape)
     most = count.most_common(1)[0][0]
     names = (program.info.get("gguf_mixture", ""), most, f"{most}_M", f"{most}_MOE")
     found = [kind for name in names for kind in types if kind.name in (f"MOSTLY_{name}", f"ALL_{name}")]

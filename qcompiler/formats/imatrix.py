@@ -1,7 +1,7 @@
 """llama.cpp's importance matrices: for each tensor the sum of each input channel's squares, and over how many tokens.
 
-Two file formats: GGUF (tensors `NAME.in_sum2` and `NAME.counts`, `general.type` imatrix), and the older binary one (.dat:
-for each entry name, calls, and means times calls; then the number of calls and the data's name), both little-endian.
+Two file formats: GGUF (tensors `NAME.in_sum2` and `NAME.counts`, `general.type` imatrix), and the older binary one
+(.dat: for each entry name, calls, and means times calls; then the number of calls and the data's name).
 """
 
 import math
@@ -20,7 +20,7 @@ from qcompiler import atomic
 from qcompiler.errors import InputError, require
 from qcompiler.formats.gguf import GgufFile
 
-SUMS, COUNTS = ".in_sum2", ".counts"
+SUMS, COUNTS = "in_sum2", "counts"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Imatrix:
         except OSError as error:
             raise InputError(f'cannot read "{path}": {error.strerror}') from None
         for name, total in found.sums.items():
-            if not bool(torch.isfinite(total).all()) or bool((total < 0).any()) or not 0 < found.counts[name] < math.inf:
+            sound = bool(torch.isfinite(total).all()) and bool((total >= 0).all())
+            if not sound or not 0 < found.counts[name] < math.inf:
                 raise InputError(f'"{path}": the entry "{name}" holds values that are no sums of squares')
         return found
 
@@ -67,7 +68,7 @@ def _from_gguf(path: Path) -> Imatrix:
         raise InputError(f'"{path}" is a GGUF file, but not of the type imatrix')
     sums, counts = {}, {}
     for stored in file.tensors.values():
-        name, kind = os.path.splitext(stored.name)
+        name, _, kind = stored.name.rpartition(".")
         if kind not in (SUMS, COUNTS) or stored.kind != "F32":
             continue
         values = torch.from_numpy(np.array(file.floats(stored.name))).flatten()
@@ -94,8 +95,8 @@ def _to_gguf(matrix: Imatrix, path: Path) -> None:
     writer.add_uint32("imatrix.chunk_count", matrix.chunks)
     writer.add_uint32("imatrix.chunk_size", matrix.chunk_size)
     for name, total in matrix.sums.items():
-        writer.add_tensor(name + SUMS, total.float().numpy()[None])
-        writer.add_tensor(name + COUNTS, np.array([[matrix.counts[name]]], np.float32))
+        writer.add_tensor(f"{name}.{SUMS}", total.float().numpy()[None])
+        writer.add_tensor(f"{name}.{COUNTS}", np.array([[matrix.counts[name]]], np.float32))
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,9 +10,10 @@ from qcompiler.scheme import QTensor
 
 
 def members(program: Program) -> Iterator[tuple[str, "Tensor | QTensor"]]:
-    """Every stored tensor by the name it had before `fuse`, floats and records; a joined record without rows is left out.
+    """Every stored tensor by the name it had before `fuse`, floats and records.
 
-    Joined biases have the rows of their weights, and the weights' names.
+    Joined biases have the rows of their weights, and the weights' names. A joined record that is not stored row by row
+    is left out.
     """
     fused: dict[str, dict[str, int]] = program.info.get("fused", {})
     rows_of = fused | {_bias(name): {_bias(n): r for n, r in rows.items()} for name, rows in fused.items()}

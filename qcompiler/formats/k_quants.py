@@ -54,26 +54,33 @@ def _minima(record: QTensor) -> tuple[Tensor, Tensor | No]:
 
 
 def _codes(record: QTensor) -> Tensor:
-    return record.unpacked().unflatten(1, (-1, SUPERBLOCK))
+    found: Tensor = record.unpacked().unflatten(1, (-1, SUPERBLOCK))
+    return found
 
 
 def _quarters(data: Tensor, pieces: int) -> Tensor:
     """2-bit codes: in each piece of bytes its lowest pairs of bits, then the next; uint8 [..., 4 * bytes]."""
-    return (data.unflatten(-1, (pieces, 1, -1)) >> _QUARTERS[:, None] & 3).flatten(-3)
+    found: Tensor = (data.unflatten(-1, (pieces, 1, -1)) >> _QUARTERS[:, None] & 3).flatten(-3)
+    return found
 
 
 def _quarter_bytes(codes: Tensor, pieces: int) -> Tensor:
-    return ((codes & 3).unflatten(-1, (pieces, 4, -1)) << _QUARTERS[:, None]).sum(-2, dtype=torch.uint8).flatten(-2)
+    found: Tensor = (
+        ((codes & 3).unflatten(-1, (pieces, 4, -1)) << _QUARTERS[:, None]).sum(-2, dtype=torch.uint8).flatten(-2)
+    )
+    return found
 
 
 def _halves(data: Tensor, pieces: int) -> Tensor:
     """4-bit codes: in each piece of bytes its low halves, then the high ones; uint8 [..., 2 * bytes]."""
-    return (data.unflatten(-1, (pieces, 1, -1)) >> _QUARTERS[::2, None] & 15).flatten(-3)
+    found: Tensor = (data.unflatten(-1, (pieces, 1, -1)) >> _QUARTERS[::2, None] & 15).flatten(-3)
+    return found
 
 
 def _half_codes(codes: Tensor, pieces: int) -> Tensor:
     low, high = codes.unflatten(-1, (pieces, 2, -1)).unbind(-2)
-    return ((low & 15) | (high << 4)).flatten(-2)
+    found: Tensor = ((low & 15) | (high << 4)).flatten(-2)
+    return found
 
 
 def _top_bits(data: Tensor) -> Tensor:
@@ -82,7 +89,8 @@ def _top_bits(data: Tensor) -> Tensor:
 
 
 def _top_bytes(bits: Tensor) -> Tensor:
-    return (bits.unflatten(-1, (8, 32)) << _EIGHTHS[:, None]).sum(-2, dtype=torch.uint8)
+    found: Tensor = (bits.unflatten(-1, (8, 32)) << _EIGHTHS[:, None]).sum(-2, dtype=torch.uint8)
+    return found
 
 
 def _read_q2(b: Tensor, shape: Shape) -> QTensor:

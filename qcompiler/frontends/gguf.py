@@ -35,7 +35,8 @@ def accepts(source: Any) -> bool | No:
 def capture(source: str | os.PathLike[str], example_inputs: Any = None) -> Program:
     """The Program of a GGUF file; `program.codes` holds the tensors whose stored codes a QTensor can hold.
 
-    `program.info["tokenizer"]` says where `tokenizer` finds the tokenizer. Raises InputError for a file that is
+    `program.info["tokenizer"]` says where `tokenizer` finds the tokenizer, `program.info["gguf"]` which tensor of the
+    file is which of the program, for formats/gguf_write.py. Raises InputError for a file that is
     truncated, hostile or of an architecture transformers does not read, CaptureError if the program would not be
     the file's model.
     """
@@ -48,7 +49,8 @@ def capture(source: str | os.PathLike[str], example_inputs: Any = None) -> Progr
     names = _program_names(program, model)
     program.codes = {names[name]: record for name, record in weights.codes.items() if name in names}
     program.info |= {"frontend": "gguf", "source": str(path), "tokenizer": str(path.resolve())}
-    program.info["gguf"] = {stored: names[name] for stored, name in weights.places.items() if name in names}
+    places = {stored: names[name] for stored, name in weights.places.items() if name in names}
+    program.info["gguf"] = {"file": str(path.resolve()), "names": places}
     return program
 
 
