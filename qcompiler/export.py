@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompiler.adopt import members
 from qcompiler.errors import InputError
 from qcompiler.formats.checkpoint import Checkpoint, Rounding, Value
+from qcompiler.formats.joined import members
 from qcompiler.ops import qc
 from qcompiler.program import Program
 from qcompiler.scheme import Scheme
