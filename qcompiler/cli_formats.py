@@ -22,7 +22,9 @@ def convert(
     source: Annotated[
         Path, typer.Argument(metavar="IN", help="A checkpoint folder, a compiled folder or a .gguf file.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write; it must not exist or be empty.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder to write, or the .gguf file; not one that is there.")
+    ],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="See qcompiler formats.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read the result and compare every value.")] = False,
     requantize: Annotated[

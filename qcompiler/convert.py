@@ -15,6 +15,7 @@ from qcompiler.export import checkpoint_of
 from qcompiler.formats.checkpoint import Checkpoint, Format, Lazy, Value
 from qcompiler.formats.folder import check_empty
 from qcompiler.plugins import lookup, registry
+from qcompiler.program import Program
 from qcompiler.scheme import QTensor, Scheme
 from qcompiler.skeleton import Skeleton
 
@@ -46,6 +47,8 @@ def convert(
     Raises InputError for a refusal, and for a source that cannot be read.
     """
     target: Format = lookup("formats", to)
+    if target.write_program is not None:
+        return _convert_program(source, out, target, verify, requantize, tell)
     if target.write is None or target.holds is None:
         raise InputError(f'qcompiler reads "{to}" but does not write it; see: qcompiler formats')
     check_empty(out)
@@ -64,6 +67,32 @@ def convert(
     return plan.lines
 
 
+def _convert_program(source: Path, out: Path, target: Format, verify: bool, requantize: bool, tell: Tell) -> list[Line]:
+    """Write the program itself, in a format whose clients build its graph by the architecture's name."""
+    assert target.write_program is not None
+    if requantize:
+        raise InputError(f"{target.name} files are quantized by a recipe, not by --requantize; compile with kquant")
+    if out.exists():
+        raise InputError(f'"{out}" exists; give the name of a new file')
+    program = open_program(source)
+    lines = [Line(name, "lossless", kind) for name, kind in target.write_program(program, out).items()]
+    for line in lines:
+        tell(line)
+    if verify and target.compare:
+        target.compare(program, out)
+    return lines
+
+
+def open_program(source: Path) -> Program:
+    """The program of a compiled folder, or of a model with the codes that it is stored with."""
+    if artifact.is_artifact(source):
+        return artifact.load(source).program
+    program = capture(source)
+    for name, record in list(program.codes.items()):
+        program.quantize_tensor(name, record)
+    return program
+
+
 def open_checkpoint(source: Path) -> Checkpoint:
     """The checkpoint in a folder or file of any kind that qcompiler knows."""
     if artifact.is_artifact(source):
@@ -73,10 +102,7 @@ def open_checkpoint(source: Path) -> Checkpoint:
             found = candidate.read(source)
             assert isinstance(found, Checkpoint)
             return found
-    program = capture(source)
-    for name, record in list(program.codes.items()):
-        program.quantize_tensor(name, record)
-    return checkpoint_of(program, source if source.is_dir() else None)
+    return checkpoint_of(open_program(source), source if source.is_dir() else None)
 
 
 @dataclass(frozen=True)
@@ -214,10 +240,8 @@ def matrix() -> dict[str, dict[str, list[str]]]:
     known = {name: f for name, f in registry().formats.items() if f.holds}
     kinds = samples()
     held = {name: [kind for kind, record in kinds.items() if f.holds and f.holds(record)] for name, f in known.items()}
-    return {
-        source: {to: [kind for kind in held[source] if kind not in held[to]] for to, f in known.items() if f.write}
-        for source in known
-    }
+    written = [name for name, f in known.items() if f.write or f.write_program]
+    return {source: {to: [kind for kind in held[source] if kind not in held[to]] for to in written} for source in known}
 
 
 def held_kinds(form: Format) -> list[str]:

@@ -118,6 +118,8 @@ def test_the_matrix_is_what_the_formats_do(tmp_path: Path) -> None:
     for name in lost:
         form = registry().formats[name]
         assert form.holds
+        if form.write_program:  # tests/test_gguf_types.py holds its codes to gguf's decoder
+            continue
         assert form.write
         for i, (kind, record) in enumerate(kinds.items()):
             weight = "model.layers.0.self_attn.q_proj.weight"

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+import qcompiler
+from qcompiler import artifact
+from qcompiler.convert import convert
 from qcompiler.data import check_samples
 from qcompiler.errors import InputError
 from qcompiler.formats import gguf_types, gguf_write
@@ -46,6 +49,29 @@ def same_bytes(one: Path, other: Path) -> None:
     for name, stored in first.tensors.items():
         assert (second.tensors[name].kind, second.tensors[name].shape) == (stored.kind, stored.shape), name
         assert np.array_equal(first.raw(name), second.raw(name)), name
+
+
+def test_convert_writes_a_compiled_folder_as_gguf(source: Path, tmp_path: Path) -> None:
+    qcompiler.compile(source, "kquant-w4a16", calibration=[torch.tensor([IDS])]).save(tmp_path / "out")
+    lines = convert(tmp_path / "out", tmp_path / "out.gguf", "gguf", verify=True)
+    assert {line.note for line in lines} > {"F32"}
+    assert all(line.outcome == "lossless" for line in lines)
+    again = frontend.capture(tmp_path / "out.gguf")
+    before = artifact.load(tmp_path / "out").program(input_ids=torch.tensor([IDS]))["logits"]
+    torch.testing.assert_close(again(input_ids=torch.tensor([IDS]))["logits"], before, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="exists; give the name of a new file"):
+        convert(tmp_path / "out", tmp_path / "out.gguf", "gguf")
+    with pytest.raises(InputError, match="quantized by a recipe"):
+        convert(tmp_path / "out", tmp_path / "new.gguf", "gguf", requantize=True)
+
+
+def test_verification_finds_a_value_that_changed(captured: Program, tmp_path: Path) -> None:
+    program = compiled(captured, "stored")
+    gguf_write.write(program, tmp_path / "out.gguf")
+    name = next(name for name in program.tensors if name.endswith("norm.weight"))
+    program.tensors[name] = program.tensors[name] + 1
+    with pytest.raises(InputError, match="verification failed"):
+        gguf_write.compare(program, tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize("recipe", ["canonicalize, carry, pack", "stored"])

@@ -1,5 +1,5 @@
 """Checkpoint formats: serialisations of QTensor, read and written without ever quantizing again."""
 
-from qcompiler.formats import awq, bitsandbytes, compressed_tensors, gptq
+from qcompiler.formats import awq, bitsandbytes, compressed_tensors, gguf_write, gptq
 
-FORMATS = (*gptq.FORMATS, *awq.FORMATS, *compressed_tensors.FORMATS, *bitsandbytes.FORMATS)
+FORMATS = (*gptq.FORMATS, *awq.FORMATS, *compressed_tensors.FORMATS, *bitsandbytes.FORMATS, *gguf_write.FORMATS)

@@ -74,7 +74,9 @@ class Format:
     cannot be stored without loss raises InputError there, and `holds(record)` says so for one quantized weight
     beforehand. `nearest(weight, like)` quantizes floats as the format can hold them, by the scheme `like` if it is
     given. `uniform` formats have one number of bits and one group size for all layers. `conditions` says in words what
-    the format holds.
+    the format holds. A format whose clients build the graph themselves, by an architecture's name, has instead
+    `write_program(program, path)`, which gives the kind of each tensor it wrote, and `compare(program, path)`, which
+    raises InputError where a value is not what it was.
     """
 
     name: str
@@ -85,6 +87,8 @@ class Format:
     nearest: Callable[[Tensor, Scheme | None], QTensor] | None = None
     uniform: bool = False
     conditions: str = ""
+    write_program: Callable[..., Mapping[str, str]] | None = None
+    compare: Callable[..., None] | None = None
 
 
 def by_rounding(default: str) -> Callable[[Tensor, Scheme | None], QTensor]:

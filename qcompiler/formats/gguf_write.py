@@ -19,6 +19,7 @@ from torch import Tensor
 from qcompiler import atomic
 from qcompiler.errors import InputError, No, require
 from qcompiler.formats import gguf_types
+from qcompiler.formats.checkpoint import Format
 from qcompiler.formats.gguf import GgufFile
 from qcompiler.formats.gguf_names import processor_of, row_order
 from qcompiler.formats.joined import members
@@ -63,6 +64,17 @@ def write(program: Program, path: str | os.PathLike[str], *, floats: str = "F32"
             writer.write_tensor_data(item.data())
         writer.close()
     return {item.name: item.kind for item in plan}
+
+
+def compare(program: Program, path: str | os.PathLike[str]) -> None:
+    """Read a file that `write` wrote with the decoder of the package gguf; InputError for a value that differs."""
+    written = GgufFile.read(Path(path))
+    for item in _plan(program, _source(program), "F32"):
+        values = item.value.dequantize() if isinstance(item.value, QTensor) else item.value
+        values = values.float() if item.order is None else values[item.order].float()
+        found = torch.from_numpy(np.array(written.floats(item.name)))
+        if found.shape != values.shape or not torch.allclose(found, values, rtol=1e-6, atol=0):
+            raise InputError(f'verification failed: "{item.name}" does not have the values it had; please report this')
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,3 +197,24 @@ def _file_type(program: Program, plan: list[Item]) -> int:
     names = (program.info.get("gguf_mixture", ""), most, f"{most}_M", f"{most}_MOE")
     found = [kind for name in names for kind in types if kind.name in (f"MOSTLY_{name}", f"ALL_{name}")]
     return int(found[0] if found else types.GUESSED)
+
+
+def _detect(path: Path) -> bool | No:
+    return path.suffix.lower() == ".gguf" or No(f'"{path}" does not end in .gguf')
+
+
+def _holds(weight: QTensor) -> bool | No:
+    record = gguf_types.in_form(weight)
+    return record if isinstance(record, No) else True
+
+
+FORMATS = (
+    Format(
+        "gguf",
+        _detect,
+        holds=_holds,
+        conditions="blocks of 32 or 256 along rows (Q4_0 to Q8_0, Q2_K to Q6_K, IQ4); models that came from a GGUF",
+        write_program=write,
+        compare=compare,
+    ),
+)
