@@ -62,7 +62,8 @@ TUNE = "block_tune{{scheme={weights} steps=50"  # a quarter of the default: minu
 METHODS = {  # what transforms, and what rounds the weights
     "rtn": ("", "rtn"),
     "gptq": ("", "gptq"),
-    "awq": ("awq{{scheme={weights}}}, awq_clip{{scheme={weights}}}", "rtn"),
+    "awq": ("awq{{scheme={weights}}}", "rtn"),
+    "awq, clipped": ("awq{{scheme={weights}}}, awq_clip{{scheme={weights}}}", "rtn"),
     "smoothquant": ("smoothquant", "rtn"),
     "rptq": ("rptq{{group=32}}", "rtn"),
     "rotate": ("rotate", "rtn"),
