@@ -355,7 +355,7 @@ def test_what_model_stands_for(model: Path, compiled: Path) -> None:
 
 
 def test_the_demo_model_is_found() -> None:
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
     assert demo_model().suffix == ".gguf"
 
 

@@ -44,7 +44,7 @@ def test_torch_compile() -> None:
 
 
 def test_huggingface_to_onnx(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime", reason="the extra [onnx] is not installed")
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -64,7 +64,7 @@ def test_own_calibration() -> None:
 
 
 def test_quantize_gguf(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
     from tests.test_gguf import write_model
 
     text = tmp_path / "text.txt"

