@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from qcompiler.calibration import Needs
 from qcompiler.ops import qc
 from qcompiler.passes.activations import Activations
-from qcompiler.passes.kv import KEY, VALUE, Kv
+from qcompiler.passes.kv import KEY, VALUE, Kv, heads_of
 from qcompiler.passes.rptq import features
 from qcompiler.passes.selection import BODY, layers_of, select
 from qcompiler.passes.statistics import MinMax
@@ -62,7 +62,7 @@ class FreeClusters(Pass):
     def _round_heads(self, program: Program, node: fx.Node, seen: dict[int, Tensor], ctx: Context) -> None:
         scheme = Scheme.parse(f"int{self.heads}:channel:asym")
         query: dict[str, Any] = {"query": scheme, "levels": 255} if self.queries else {}
-        grids = {i: _by_head(ranges, _heads(node, i), scheme) for i, ranges in seen.items()}
+        grids = {i: _by_head(ranges, heads_of(node, i), scheme) for i, ranges in seen.items()}
         Kv(scheme, scheme, **query).round_attention(program, node, grids, ctx)
 
 
@@ -82,9 +82,3 @@ def _by_head(seen: Tensor, heads: int, scheme: Scheme) -> list[Tensor]:
     """The same for each head alone: [heads, 1, channels of a head]."""
     grids = [clustered(part, HEAD_GROUP, scheme) for part in seen.unflatten(-1, (heads, -1)).unbind(1)]
     return [torch.stack(parts)[:, None] for parts in zip(*grids, strict=True)]
-
-
-def _heads(node: fx.Node, place: int) -> int:
-    value = node.args[place]
-    assert isinstance(value, fx.Node)
-    return int(value.meta["type"].shape[1])

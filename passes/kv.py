@@ -82,7 +82,7 @@ class Kv(Pass):
             for node in [n for n in segment.nodes if n.target is qc.attention]:
                 ctx.node = node
                 grids = {
-                    i: static_grid(segment.statistics[f"{node.name}:{i}"], scheme, self.ranges, heads=_heads(node, i))
+                    i: static_grid(segment.statistics[f"{node.name}:{i}"], scheme, self.ranges, heads=heads_of(node, i))
                     for i, scheme in static.items()
                 }
                 self.round_attention(program, node, grids, ctx)
@@ -144,7 +144,7 @@ class Kv(Pass):
         return True
 
 
-def _heads(node: fx.Node, place: int) -> int:
+def heads_of(node: fx.Node, place: int) -> int:
     """How many heads an argument [batch, heads, tokens, d] has."""
     value = node.args[place]
     assert isinstance(value, fx.Node)
