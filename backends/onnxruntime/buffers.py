@@ -56,7 +56,7 @@ class SharedDecoder(Decoder):
         self.positions.copy_(self.lengths[:, None])
         self.mask.scatter_(1, self.lengths[:, None], 1)
         self.lengths += 1
-        self._run(self.single)
+        self._run(self.single, start + 1)
         return torch.from_numpy(self.logits.numpy()[:, 0].copy())  # numpy: see qcompiler/sampling.py
 
     def _prompt(self, ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -76,8 +76,8 @@ class SharedDecoder(Decoder):
         logits = torch.from_numpy(binding.get_outputs()[0].numpy())
         return logits[torch.arange(len(ids)), row]
 
-    def _run(self, binding: ort.IOBinding, total: int | None = None) -> None:
-        mask = self.mask[:, : total or int(self.lengths.max())].contiguous()
+    def _run(self, binding: ort.IOBinding, total: int) -> None:
+        mask = self.mask[:, :total].contiguous()  # it must outlive the run
         bind(binding.bind_input, MASK, mask)
         self.session.run_with_iobinding(binding)
 
