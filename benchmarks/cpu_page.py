@@ -24,9 +24,7 @@ WHERE = """\
 ## Where the time goes
 
 A token of decoding reads {mb:.0f} MB of weights: {share:.0%} of the bandwidth that two threads reach here
-({bandwidth:.1f} GB/s). The rest is unpacking and scaling 4-bit codes (a block of 32 takes a thread two thirds of its
-bandwidth even in large matrices), some 300 operators that each take a few microseconds to start, and attention, whose
-nine heads do not divide evenly among threads."""
+({bandwidth:.1f} GB/s). The rest is unpacking and scaling 4-bit codes, starting the operators, and attention."""
 BARS = {
     "decode_vs_llama_cpp": ("decode, against the faster llama.cpp", 1.15, True),
     "prefill_vs_llama_cpp": ("prefill, against the faster llama.cpp", 1.5, True),

@@ -29,8 +29,9 @@ def main() -> None:
     folders = [str(options.out / recipe) for recipe in RECIPES]
     for recipe, folder in zip(RECIPES, folders, strict=True):
         _run("-m", "qcompiler", "compile", "demo", "-r", recipe, "-o", folder)
-    llama = ["--peer-python", str(options.llama_python), "--peer-model", str(options.llama_model)]
-    _run("benchmarks/speed.py", *folders, *(llama if options.llama_python else []))
+    ours = [f"{recipe}={folder}" for recipe, folder in zip(RECIPES, folders, strict=True)]
+    llama = ["--llama", f"{options.llama_python}={options.llama_model}"] if options.llama_python else []
+    _run("benchmarks/cpu.py", "--ours", *ours, "--text", str(options.text), *llama)
     _run("benchmarks/agreement.py", folders[0])
 
 
