@@ -85,6 +85,20 @@ def test_rows_choose_for_themselves() -> None:
     assert torch.allclose(chosen.loss, objective(weight, chosen.q, h))
 
 
+def test_symmetric_grids_turn_their_longer_side_to_the_larger_values() -> None:
+    """Codes -8 to 7: values that reach further up than down are better held with the sign turned."""
+    weight = torch.cat([torch.linspace(-0.85, 1, 32)[None], torch.linspace(-1, 0.85, 32)[None]])
+    scheme = Scheme.parse("int4:g32:sym")
+    scale, zero = search_grid(weight, torch.ones(32), scheme, clip=0.6)
+    assert zero is None
+    assert scale.sign().flatten().tolist() == [-1, 1]
+    assert torch.equal(scale[0], -scale[1])
+    h = torch.eye(32)
+    q, _ = gptq(weight, h, scheme)
+    assert objective(weight, q, h).sum() < 0.9 * objective(weight, QTensor.quantize(weight, scheme), h).sum()
+    assert float(q.scale[0]) < 0 < float(q.scale[1])  # fitted scales keep their sign
+
+
 def test_recursion_is_the_papers() -> None:
     """Algorithm 1 without blocks: round a column, spread its error over those left by the inverse's Cholesky factor."""
     weight, h = layer(columns=150)  # more than one block
