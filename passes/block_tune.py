@@ -152,7 +152,7 @@ class Soft:
         assert self.place.grad is not None
         assert self.scale.grad is not None
         self.place -= rate * self.place.grad.sign()
-        self.scale *= 1 - scale_rate * self.scale.grad.sign()
+        self.scale *= 1 - scale_rate * (self.scale.grad * self.scale).sign()  # a scale may be negative
         self.place.grad = self.scale.grad = None
 
     def hard(self) -> QTensor:

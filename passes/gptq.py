@@ -6,6 +6,7 @@ inverse Hessian of the layer's squared error ||WX - QX||^2.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -182,7 +183,10 @@ def solve(w: Tensor, u: Tensor, order: Tensor, scheme: Scheme, scale: Tensor, ze
 
 
 def search_grid(w: Tensor, importance: Tensor, scheme: Scheme, clip: float) -> tuple[Tensor, Tensor | None]:
-    """Per group, the shrunken minimum-maximum range with the least rounding error weighted by `importance` [k]."""
+    """Per group, the shrunken minimum-maximum range with the least rounding error weighted by `importance` [k].
+
+    A symmetric grid has one code more on one side; which side that is, the sign of the scale says.
+    """
     size = scheme.group_of(w.shape[1])
     groups = by_group(w, size)
     low, high = groups.amin(-1), groups.amax(-1)
@@ -191,17 +195,17 @@ def search_grid(w: Tensor, importance: Tensor, scheme: Scheme, clip: float) -> t
         return range_grid(low, high, scheme)
     weights = by_group(importance.clamp(min=importance.mean() * 1e-4)[None], size)
     best_error = torch.full_like(low, torch.inf)
-    best_low, best_high = low.clone(), high.clone()
+    best_shrink, best_sign = torch.ones_like(low), torch.ones_like(low)
     steps = max(1, round((1 - clip) * 40))
-    for step in range(steps + 1):
+    for step, sign in product(range(steps + 1), (1, -1) if scheme.symmetric else (1,)):
         shrink = 1 - (1 - clip) * step / steps
         scale, zero = range_grid(low * shrink, high * shrink, scheme)
-        error = _rounding_error(groups, scheme, scale, zero).pow_(2).mul_(weights).sum(-1)
+        error = _rounding_error(groups, scheme, scale * sign, zero).pow_(2).mul_(weights).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_low = torch.where(better, low * shrink, best_low)
-        best_high = torch.where(better, high * shrink, best_high)
-    return range_grid(best_low, best_high, scheme)
+        best_shrink, best_sign = torch.where(better, shrink, best_shrink), torch.where(better, sign, best_sign)
+    scale, zero = range_grid(low * best_shrink, high * best_shrink, scheme)
+    return scale * best_sign.to(scale.dtype), zero
 
 
 def _rounding_error(groups: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -228,7 +232,7 @@ def refit_scale(w: Tensor, h: Tensor, q: QTensor) -> Tensor:
         target[:, group] = (curved * w).sum(-1)
     ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(count)
     fitted, failed = torch.linalg.solve_ex(gram + ridge, target)
-    usable = torch.isfinite(fitted) & (fitted > 0) & (failed == 0)[:, None]
+    usable = torch.isfinite(fitted) & (fitted * q.scale.sign() > 0) & (failed == 0)[:, None]
     return torch.where(usable, fitted, q.scale.float()).to(q.scale.dtype)
 
 

@@ -2,7 +2,7 @@
 
     python onnxruntime_bench.py FOLDER [--threads 2]
 
-See serving.py for what it answers. Caches are bound once and hold as many positions as a command needs.
+See serving.py for what it answers. Buffers are bound once, by address, and hold as many positions as a command needs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class Folder:
         settings.intra_op_num_threads, settings.log_severity_level = options.threads, 3
         self.session = ort.InferenceSession(options.model / "model.onnx", settings)
         self.caches = [i for i in self.session.get_inputs() if i.name.startswith("past_")]
+        (logits,) = (o for o in self.session.get_outputs() if o.name == "logits")
+        self.logits = np.zeros((1, 1, logits.shape[-1]), np.float32)
 
     def start(self, capacity: int) -> Any:
         """A binding over empty caches."""
@@ -38,15 +40,17 @@ class Folder:
             cache = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, capacity, width), DTYPES[spec.type]))
             binding.bind_ortvalue_input(spec.name, cache)
             binding.bind_ortvalue_output(spec.name.replace("past_", "present_"), cache)
+        self.mask = np.ones((1, capacity), np.int64)
+        binding.bind_output("logits", "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data)
         return binding
 
     def step(self, binding: Any, tokens: list[int], total: int) -> int:
         """Append tokens; the most likely next one."""
-        binding.bind_cpu_input("input_ids", np.array([tokens]))
-        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
-        binding.bind_output("logits")
+        ids = np.array([tokens])
+        binding.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
+        binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self.mask.ctypes.data)
         self.session.run_with_iobinding(binding)
-        return int(binding.get_outputs()[-1].numpy()[0, -1].argmax())
+        return int(self.logits.argmax())
 
     def prefill(self, tokens: list[int]) -> float:
         """Seconds of one pass."""
