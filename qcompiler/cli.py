@@ -36,7 +36,10 @@ Either = Annotated[str, typer.Argument(metavar="DIR|MODEL", help=f"A compiled fo
 RecipeText = Annotated[
     str, typer.Option("--recipe", "-r", help="A named recipe, a YAML file, or passes: 'fuse, rtn{scheme=int4:g64}'.")
 ]
-BackendName = Annotated[str | None, typer.Option("--backend", help="What runs it; see qcompiler plugins.")]
+BackendName = Annotated[
+    str | None,
+    typer.Option("--backend", help="What runs it, with options as in onnxruntime{threads=2}; see qcompiler plugins."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="The only source of chance.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
 

@@ -14,9 +14,9 @@ from qcompiler.data import SELF, Calibration
 from qcompiler.errors import InputError, No, QCompilerError
 from qcompiler.journal import Journal
 from qcompiler.pipeline import Context, Pass, Progress, Runner
-from qcompiler.plugins import lookup, registry
+from qcompiler.plugins import registry
 from qcompiler.program import Program
-from qcompiler.recipe import Recipe, build
+from qcompiler.recipe import Recipe, build, build_backend
 from qcompiler.report import Report, versions
 from qcompiler.session import Session
 from qcompiler.target import Backend, place, refusals_of
@@ -201,7 +201,7 @@ def _backends(backend: "str | Backend | None") -> list[Backend]:
     if isinstance(backend, Backend):
         return [backend]
     if backend is not None:
-        return [lookup("backends", backend)()]
+        return [build_backend(backend)]
     return [registry().backends[name]() for name in DEFAULT_BACKENDS if name in registry().backends]
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -13,6 +13,7 @@ from qcompiler.errors import RecipeError, nearest
 from qcompiler.pipeline import Pass
 from qcompiler.plugins import lookup, registry
 from qcompiler.scheme import Scheme
+from qcompiler.target import Backend
 
 _STEP = re.compile(r"\s*(?P<name>[\w.-]+)\s*(?:\{(?P<options>[^{}]*)\})?\s*(?:,|$)")
 
@@ -94,16 +95,16 @@ def _steps(text: str) -> Iterator[Pass]:
                 f'recipe "{text}" is not understood at "{text[position:].strip()}"; '
                 "write for example: canonicalize, gptq{scheme=int4:g128}, pack"
             )
-        yield build(match["name"], _options(match["name"], match["options"] or ""))
+        yield build(match["name"], _options(f'pass "{match["name"]}"', match["options"] or ""))
         position = match.end()
 
 
-def _options(name: str, text: str) -> dict[str, str]:
+def _options(owner: str, text: str) -> dict[str, str]:
     found = {}
     for part in text.split():
         key, equals, value = part.partition("=")
         if not equals or not value:
-            raise RecipeError(f'pass "{name}": option "{part}" must be written name=value')
+            raise RecipeError(f'{owner}: option "{part}" must be written name=value')
         found[key] = value
     return found
 
@@ -111,30 +112,53 @@ def _options(name: str, text: str) -> dict[str, str]:
 def build(name: str, options: Mapping[str, Any]) -> Pass:
     """The pass `name` with `options` (texts or values); RecipeError names what is unknown or wrong."""
     kind: type[Pass] = lookup("passes", name)
-    known = {f.name: f for f in dataclasses.fields(kind)}
+    return kind(**_values(f'pass "{name}"', kind, options))
+
+
+def build_backend(text: str) -> Backend:
+    """The backend that a text names, perhaps with options; RecipeError names what is unknown or wrong.
+
+    >>> build_backend("onnxruntime{threads=1 integer_prompt=true}").integer_prompt
+    True
+    """
+    match = _STEP.fullmatch(text)
+    if not match:
+        raise RecipeError(f'backend "{text}" is not understood; write for example: onnxruntime{{threads=2}}')
+    kind: type[Backend] = lookup("backends", match["name"])
+    owner = f'backend "{match["name"]}"'
+    return kind(**_values(owner, kind, _options(owner, match["options"] or "")))
+
+
+def _values(owner: str, kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options in the types of a dataclass's fields."""
+    known = {f.name: f for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
     values = {}
     for key, value in options.items():
         if key not in known:
-            raise RecipeError(f'pass "{name}" has no option "{key}"; {nearest(key, known)}')
-        values[key] = _coerce(name, key, value, known[key].default)
-    return kind(**values)
+            raise RecipeError(f'{owner} has no option "{key}"; {nearest(key, known)}')
+        values[key] = _coerce(owner, known[key], value)
+    return values
 
 
-def _coerce(name: str, key: str, value: Any, default: Any) -> Any:
-    """An option's value in the type of its default; None is the default of a scheme that may be left out."""
+def _coerce(owner: str, field: "dataclasses.Field[Any]", value: Any) -> Any:
+    """An option's value in the type of its default; where that is None, the option is a whole number or a scheme."""
+    key, default = field.name, field.default
     try:
+        if default is None and int in get_args(field.type):
+            return int(value)
         if isinstance(default, Scheme) or default is None:
             return value if isinstance(value, Scheme) else Scheme.parse(str(value))
         if isinstance(default, bool):
             return value if isinstance(value, bool) else _BOOLS[str(value).lower()]
         if isinstance(default, tuple):
             return tuple(value.split("|")) if isinstance(value, str) else tuple(value)
-        return type(default)(value)
+        made: Any = type(default)
+        return made(value)
     except RecipeError as error:
-        raise RecipeError(f'pass "{name}": {error}') from None
+        raise RecipeError(f"{owner}: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
-        kind = type(default).__name__
-        raise RecipeError(f'pass "{name}": option "{key}" must be of type {kind}, not "{value}"') from error
+        kind = "int" if default is None else type(default).__name__
+        raise RecipeError(f'{owner}: option "{key}" must be of type {kind}, not "{value}"') from error
 
 
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}

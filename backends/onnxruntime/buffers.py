@@ -13,6 +13,8 @@ from qcompiler.padding import Shift
 from qcompiler.program import Program, Type
 from qcompiler.target import Decoder
 
+LONG = 32  # from so many tokens on, a prompt is worth reading in its own form
+
 
 class SharedDecoder(Decoder):
     """Rows may be of unequal length: each has its tokens at the front of its part of the buffers."""
@@ -25,8 +27,10 @@ class SharedDecoder(Decoder):
         caches: Mapping[str, Type],
         batch: int,
         capacity: int,
+        reader: ort.InferenceSession | None = None,
     ) -> None:
         self.program, self.session, self.inputs = program, session, inputs
+        self.reader = reader  # the form that reads prompts, if there is one: see prompt.py
         self.capacity, self.lengths = capacity, torch.zeros(batch, dtype=torch.int64)
         self.caches = {name: empty(kind, batch, capacity) for name, kind in caches.items()}
         self.mask = torch.zeros((batch, capacity), dtype=torch.int64)
@@ -67,8 +71,9 @@ class SharedDecoder(Decoder):
             shift = Shift.of(mask)
             ids, counts = shift.to_front(ids), new - shift.pads
         positions = torch.arange(start, start + new).repeat(len(ids), 1)
-        self.lengths += counts
-        self.mask.copy_(torch.arange(self.capacity) < self.lengths[:, None])
+        if self.reader is not None and int(counts.min()) > LONG:
+            return self._read(self.reader, ids, positions, counts)
+        self._lengthen(counts)
         kept, row = torch.unique(counts - 1, return_inverse=True)
         ids = ids.contiguous()  # it must outlive the binding
         binding = self._bind(ids, positions, kept)
@@ -76,25 +81,47 @@ class SharedDecoder(Decoder):
         logits = torch.from_numpy(binding.get_outputs()[0].numpy())
         return logits[torch.arange(len(ids)), row]
 
-    def _run(self, binding: ort.IOBinding, total: int) -> None:
+    def _read(self, reader: ort.InferenceSession, ids: Tensor, positions: Tensor, counts: Tensor) -> Tensor:
+        """A prompt but for each row's last token, which the first form then adds."""
+        last = ids.gather(1, counts[:, None] - 1)
+        ids, positions = ids[:, :-1].contiguous(), positions[:, :-1].contiguous()
+        total = int(self.lengths.max()) + ids.shape[1]
+        self._lengthen(counts - 1)
+        binding = reader.io_binding()
+        self._bind_buffers(binding, [spec.name for spec in reader.get_inputs()], {"position_ids": positions}, ids)
+        self._run(binding, total, reader)
+        return self.step(last)
+
+    def _lengthen(self, counts: Tensor) -> None:
+        """Count so many more tokens of each row, and unmask them."""
+        self.lengths += counts
+        self.mask.copy_(torch.arange(self.capacity) < self.lengths[:, None])
+
+    def _run(self, binding: ort.IOBinding, total: int, session: ort.InferenceSession | None = None) -> None:
         mask = self.mask[:, :total].contiguous()  # it must outlive the run
         bind(binding.bind_input, MASK, mask)
-        self.session.run_with_iobinding(binding)
+        (session or self.session).run_with_iobinding(binding)
 
     def _bind(self, ids: Tensor, positions: Tensor, kept: Tensor, logits: Tensor | None = None) -> ort.IOBinding:
         """A binding of all buffers but the mask; without one for the logits they are made as large as they get."""
         binding = self.session.io_binding()
-        buffers = {self.program.inputs[0].name: ids, "position_ids": positions, "logits_positions": kept} | self.caches
-        for name in self.inputs:
-            if name != MASK:
-                bind(binding.bind_input, name, buffers[name])
         if logits is None:
             binding.bind_output("logits", "cpu")
         else:
             bind(binding.bind_output, "logits", logits)
+        self._bind_buffers(binding, self.inputs, {"position_ids": positions, "logits_positions": kept}, ids)
+        return binding
+
+    def _bind_buffers(
+        self, binding: ort.IOBinding, names: Sequence[str], given: Mapping[str, Tensor], ids: Tensor
+    ) -> None:
+        """Bind the inputs of those names but the mask, and the caches as outputs."""
+        buffers = {self.program.inputs[0].name: ids, **given, **self.caches}
+        for name in names:
+            if name != MASK:
+                bind(binding.bind_input, name, buffers[name])
         for past, present in self.program.info["caches"].items():
             bind(binding.bind_output, present, self.caches[past])
-        return binding
 
 
 def empty(kind: Type, batch: int, past: int = 0, kept: int = 1) -> Tensor:

@@ -139,8 +139,9 @@ class Graph:
         about: Mapping[str, Any],
         metadata: Mapping[str, str] | None = None,
         inline: bool = False,
+        model: str = MODEL,
     ) -> None:
-        """Write to `folder` what the outputs depend on; inputs that nothing reads are left out.
+        """Write to `folder` what the outputs depend on, as `model` and a file of its data; unread inputs are left out.
 
         `about` is JSON-able and is kept in the model's metadata, with the number of nodes of each kind, beside
         `metadata` of the source. With `inline` there is one file, where its format allows it (up to 2 GB).
@@ -150,7 +151,7 @@ class Graph:
         used = {value for node in nodes for value in read_by(node)}
         initializers = [value for value in (*self.constants.values(), *self.defaults) if value in used]
         pairs = [pair for pair in self.stored.values() if pair[0] in used]
-        write_tensors(pairs, folder)
+        write_tensors(pairs, folder, f"{model}{DATA}")
         graph = ir.Graph(
             [value for value in inputs if value in used],
             ends,
@@ -161,17 +162,18 @@ class Graph:
         )
         counts = collections.Counter(node.op_type for node in nodes)
         note = json.dumps({"nodes": dict(counts.most_common()), **about})
-        model = ir.Model(
+        made = ir.Model(
             graph,
             ir_version=IR_VERSION,
             producer_name="qcompiler",
             metadata_props={**(metadata or {}), METADATA: note},
             functions=list(self.functions.values()),
         )
-        ir.save(model, folder / MODEL)
-        if inline and (folder / DATA).stat().st_size < INLINE:
-            onnx.save(onnx.load(folder / MODEL), folder / MODEL)
-            (folder / DATA).unlink()
+        file, data = folder / model, folder / f"{model}{DATA}"
+        ir.save(made, file)
+        if inline and data.stat().st_size < INLINE:
+            onnx.save(onnx.load(file), file)
+            data.unlink()
 
     def _end(self, name: str, value: ir.Value) -> ir.Value:
         """The graph output called `name`, in the shape it has with every input's default.
@@ -217,10 +219,10 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.as_graphs()
 
 
-def write_tensors(pairs: Iterable[tuple[ir.Value, Stored]], folder: Path) -> None:
-    """Write tensors to the data file, one at a time, and point their values at it."""
+def write_tensors(pairs: Iterable[tuple[ir.Value, Stored]], folder: Path, data: str) -> None:
+    """Write tensors to the file `data`, one at a time, and point their values at it."""
     places: dict[str, tuple[int, int]] = {}
-    with (folder / DATA).open("wb") as file:
+    with (folder / data).open("wb") as file:
         for value, stored in pairs:
             if stored.key not in places:
                 raw = np.ascontiguousarray(stored.make().detach().numpy())
@@ -230,7 +232,7 @@ def write_tensors(pairs: Iterable[tuple[ir.Value, Stored]], folder: Path) -> Non
                 file.write(raw.data)
             offset, length = places[stored.key]
             value.const_value = ir.ExternalTensor(
-                DATA,
+                data,
                 offset,
                 length,
                 stored.element,

@@ -1,5 +1,6 @@
 """Names that writing and running the files agree on; apart, so that running needs nothing of what writing does."""
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
+MODEL, PROMPT = "model.onnx", "prompt.onnx"  # the weights of each are in a file beside it
+DATA = ".data"
 METADATA = "qcompiler"
 MASK = "attention_mask"

@@ -2,6 +2,7 @@
 
 import collections
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -22,6 +23,7 @@ from qcompiler.backends.onnxruntime.decoder import group_query
 from qcompiler.backends.onnxruntime.fusions import skip_norm
 from qcompiler.backends.onnxruntime.graph import dtype_of, sizes_of, typed
 from qcompiler.backends.onnxruntime.lowering import SCALAR, Fusion, Lowering, Options, Rule, Unsupported, operator_name
+from qcompiler.backends.onnxruntime.names import MODEL
 from qcompiler.errors import BackendError
 from qcompiler.program import Program, Type
 from qcompiler.target import Answer
@@ -40,8 +42,11 @@ RULES: dict[str, Rule] = {
 FUSIONS: dict[str, tuple[Fusion, ...]] = {"aten.add": (skip_norm,), "qc.cached_attention": (group_query,)}
 
 
-def export(program: Program, folder: Path, options: Options) -> None:
-    """Write the program to `folder` as model.onnx and model.onnx.data; BackendError names a node that has no form."""
+def export(program: Program, folder: Path, options: Options, model: str = MODEL) -> dict[str, Any]:
+    """Write the program to `folder` as `model` and its data; returns what it notes in its metadata.
+
+    BackendError names a node that has no form.
+    """
     low = Lowering(program, options, RULES, {} if options.opset_only else FUSIONS)
     try:
         outputs = low.run()
@@ -60,7 +65,8 @@ def export(program: Program, folder: Path, options: Options) -> None:
     }
     inline = program.info.get("frontend") == "onnx"  # one file became one file
     metadata = program.info.get("onnx", {}).get("metadata")
-    low.graph.save(folder, list(low.inputs.values()), outputs, about, metadata, inline)
+    low.graph.save(folder, list(low.inputs.values()), outputs, about, metadata, inline, model)
+    return about
 
 
 def most_likely(low: Lowering, logits: ir.Value) -> dict[str, ir.Value]:

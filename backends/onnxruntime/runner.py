@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.onnxruntime.buffers import SharedDecoder, empty
-from qcompiler.backends.onnxruntime.names import MASK, METADATA, MODEL
+from qcompiler.backends.onnxruntime.names import MASK, METADATA, MODEL, PROMPT
 from qcompiler.errors import BackendError, No
 from qcompiler.padding import Shift
 from qcompiler.program import Program, Type
@@ -57,6 +57,7 @@ class OnnxRunner(Runner):
     ) -> None:
         self.program = program
         self.session = open_session(folder / MODEL, threads)
+        self.reader = open_session(folder / PROMPT, threads) if (folder / PROMPT).exists() else None
         optional = self.session.get_overridable_initializers()
         self.inputs = [i.name for i in (*self.session.get_inputs(), *optional)]
         held = {i.name: DTYPES[i.type] for i in self.session.get_inputs()}
@@ -174,7 +175,7 @@ class OnnxRunner(Runner):
             raise BackendError(NO_CACHE)
         if self.shared:
             self.check_positions(capacity)
-            return SharedDecoder(self.program, self.session, self.inputs, self.caches, batch, capacity)
+            return SharedDecoder(self.program, self.session, self.inputs, self.caches, batch, capacity, self.reader)
         return GrowingDecoder(self.program, self)
 
     def details(self) -> dict[str, Any]:

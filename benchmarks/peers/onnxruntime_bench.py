@@ -28,44 +28,62 @@ class Folder:
         settings = ort.SessionOptions()
         settings.intra_op_num_threads, settings.log_severity_level = options.threads, 3
         self.session = ort.InferenceSession(options.model / "model.onnx", settings)
+        reader = options.model / "prompt.onnx"
+        self.reader = ort.InferenceSession(reader, settings) if reader.exists() else None
         self.caches = [i for i in self.session.get_inputs() if i.name.startswith("past_")]
         (logits,) = (o for o in self.session.get_outputs() if o.name == "logits")
         self.logits = np.zeros((1, 1, logits.shape[-1]), np.float32)
 
-    def start(self, capacity: int) -> Any:
-        """A binding over empty caches."""
-        binding = self.session.io_binding()
-        for spec in self.caches:
-            _, heads, _, width = spec.shape
-            cache = ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, capacity, width), DTYPES[spec.type]))
-            binding.bind_ortvalue_input(spec.name, cache)
-            binding.bind_ortvalue_output(spec.name.replace("past_", "present_"), cache)
-        self.mask = np.ones((1, capacity), np.int64)
-        binding.bind_output("logits", "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data)
-        return binding
+    def start(self, capacity: int) -> None:
+        """Empty caches, bound."""
+        self.mask, self.bindings = np.ones((1, capacity), np.int64), []  # the old buffers go first
+        held = [
+            (spec.name, ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, capacity, width), DTYPES[spec.type])))
+            for spec in self.caches
+            for _, heads, _, width in [spec.shape]
+        ]
+        for session in (self.session, self.reader or self.session):
+            binding = session.io_binding()
+            for name, cache in held:
+                binding.bind_ortvalue_input(name, cache)
+                binding.bind_ortvalue_output(name.replace("past_", "present_"), cache)
+            self.bindings.append(binding)
+        logits = self.logits
+        self.bindings[0].bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
 
-    def step(self, binding: Any, tokens: list[int], total: int) -> int:
+    def step(self, tokens: list[int], total: int) -> int:
         """Append tokens; the most likely next one."""
+        self.run(self.session, self.bindings[0], tokens, total)
+        return int(self.logits.argmax())
+
+    def run(self, session: ort.InferenceSession, binding: Any, tokens: list[int], total: int) -> None:
+        """Append tokens."""
         ids = np.array([tokens])
         binding.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
         binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self.mask.ctypes.data)
-        self.session.run_with_iobinding(binding)
-        return int(self.logits.argmax())
+        session.run_with_iobinding(binding)
+
+    def read(self, tokens: list[int]) -> int:
+        """A prompt: by the form for prompts all but its last token, where there is one."""
+        if self.reader is None:
+            return self.step(tokens, len(tokens))
+        self.run(self.reader, self.bindings[1], tokens[:-1], len(tokens) - 1)
+        return self.step(tokens[-1:], len(tokens))
 
     def prefill(self, tokens: list[int]) -> float:
         """Seconds of one pass."""
-        binding = self.start(len(tokens))
+        self.start(len(tokens))
         start = time.perf_counter()
-        self.step(binding, tokens, len(tokens))
+        self.read(tokens)
         return time.perf_counter() - start
 
     def decode(self, tokens: list[int], count: int) -> float:
         """Seconds of `count` steps."""
-        binding = self.start(len(tokens) + count)
-        token = self.step(binding, tokens, len(tokens))
+        self.start(len(tokens) + count)
+        token = self.read(tokens)
         start = time.perf_counter()
         for i in range(count):
-            token = self.step(binding, [token], len(tokens) + i + 1)
+            token = self.step([token], len(tokens) + i + 1)
         return time.perf_counter() - start
 
 

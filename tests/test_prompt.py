@@ -1,0 +1,127 @@
+"""Prompts read in integers: the second form of a program, beside the one that decodes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import qcompiler
+from qcompiler.backends.onnxruntime import OnnxRuntime
+from qcompiler.backends.onnxruntime.buffers import LONG
+from qcompiler.backends.onnxruntime.prompt import prompt_form
+from qcompiler.errors import RecipeError
+from qcompiler.ops import qc
+from qcompiler.passes.rtn import Rtn
+from qcompiler.pipeline import Context
+from qcompiler.program import Program
+from qcompiler.recipe import build_backend
+from qcompiler.scheme import Scheme
+from tests.programs import tiny_encoder, tiny_folder, tiny_llama
+from tests.test_padding import decoder_program
+
+BACKEND = OnnxRuntime(accuracy_level=0, threads=1, integer_prompt=True)
+COUNT = LONG + 8
+IDS = torch.randint(0, 80, (3, COUNT), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    made = decoder_program()
+    Rtn(Scheme.parse("int4:g32")).run(made, Context())
+    made.clean()
+    return made
+
+
+def by_meaning(program: Program, ids: Tensor) -> Tensor:
+    """The logits behind a prompt: all but its last token by the second form, that one by the first."""
+    caches = prompt_form(program)(input_ids=ids[:, :-1])
+    past = {name: caches[present] for name, present in program.info["caches"].items()}
+    return program(input_ids=ids[:, -1:], **past)["logits"][:, -1]
+
+
+def test_the_form_for_prompts_fills_caches_in_integers(program: Program) -> None:
+    form = prompt_form(program)
+    assert set(form.outputs) == set(program.info["caches"].values())
+    assert not list(form.calls(qc.linear))
+    # Of the last layer only keys and values are wanted: neither its output, nor its feed-forward part, nor the head.
+    assert len(list(form.calls(qc.integer_linear))) == len(list(program.calls(qc.linear))) - 4
+    exact, rounded = program(input_ids=IDS), form(input_ids=IDS)
+    for name in form.outputs:
+        error = (rounded[name] - exact[name]).norm() / exact[name].norm()
+        assert 0 < float(error) < 0.03
+
+
+def test_a_prompt_is_read_by_the_second_form(program: Program) -> None:
+    runner = BACKEND.lower(program)
+    found = runner.decoder(1, COUNT + 4).step(IDS[:1])
+    torch.testing.assert_close(found, by_meaning(program, IDS[:1]), rtol=1e-4, atol=1e-4)
+    first = OnnxRuntime(accuracy_level=0, threads=1).lower(program).decoder(1, COUNT).step(IDS[:1])
+    assert not torch.allclose(found, first, rtol=1e-4, atol=1e-4)
+
+
+def test_decoding_goes_on_behind_it_and_takes_more_prompt(program: Program) -> None:
+    decoder = BACKEND.lower(program).decoder(1, 2 * COUNT + 1)
+    decoder.step(IDS[:1])
+    decoder.step(torch.tensor([[7]]))
+    found = decoder.step(IDS[1:2])
+    text = torch.cat([IDS[:1], torch.tensor([[7]]), IDS[1:2]], 1)
+    expected = program(input_ids=text)["logits"][:, -1]
+    assert float((found - expected).norm() / expected.norm()) < 0.03
+
+
+def test_rows_of_a_padded_batch_are_what_they_are_alone(program: Program) -> None:
+    runner = BACKEND.lower(program)
+    pads = torch.tensor([0, 3, 7])
+    mask = (torch.arange(COUNT) >= pads[:, None]).long()
+    decoder = runner.decoder(3, COUNT + 2)
+    found, then = decoder.step(IDS, mask), decoder.step(torch.tensor([[1], [2], [3]]))
+    for row, pad in enumerate(pads.tolist()):
+        alone = runner.decoder(1, COUNT + 2)
+        torch.testing.assert_close(found[row], alone.step(IDS[row : row + 1, pad:])[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(then[row], alone.step(torch.tensor([[row + 1]]))[0], rtol=1e-4, atol=1e-4)
+
+
+def test_short_prompts_are_read_by_the_first_form(program: Program) -> None:
+    both, one = (OnnxRuntime(accuracy_level=0, threads=1, integer_prompt=on).lower(program) for on in (True, False))
+    ids = IDS[:1, :LONG]
+    assert torch.equal(both.decoder(1, LONG).step(ids), one.decoder(1, LONG).step(ids))
+
+
+def test_a_saved_folder_keeps_it(tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path / "model")
+    session = qcompiler.compile(model, "rtn-w4a16", backend="onnxruntime{integer_prompt=true threads=1}")
+    session.save(tmp_path / "out")
+    assert (tmp_path / "out" / "prompt.onnx.data").exists()
+    ids = IDS[:1] % 16
+    steps = [s.runner.decoder(1, COUNT).step(ids) for s in (session, qcompiler.load(tmp_path / "out"))]
+    assert torch.equal(*steps)
+
+
+def test_a_backends_options_can_be_texts() -> None:
+    assert build_backend("onnxruntime{accuracy_level=0 threads=1 integer_prompt=yes}") == BACKEND
+    with pytest.raises(RecipeError, match='backend "onnxruntime" has no option "thread"; did you mean "threads"'):
+        build_backend("onnxruntime{thread=1}")
+    with pytest.raises(RecipeError, match='option "threads" must be of type int, not "many"'):
+        build_backend("onnxruntime{threads=many}")
+    with pytest.raises(RecipeError, match=r"is not understood; write for example: onnxruntime\{threads=2\}"):
+        build_backend("onnxruntime{")
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (lambda: tiny_encoder(), "by programs that have a cache"),
+        (lambda: decoder_program(), "where linear layers are quantized"),
+        (lambda: decoder_program(head_dim=12), "where past and present share a buffer, which its attention cannot"),
+    ],
+    ids=["no cache", "floats", "no shared buffer"],
+)
+def test_programs_that_have_no_such_form_say_why(made: object, reason: str) -> None:
+    refusals = BACKEND.lower(made()).refusals  # type: ignore[operator]
+    assert any(reason in str(no) for no in refusals)
+
+
+def test_without_a_cache_nothing_is_added(tmp_path: Path) -> None:
+    BACKEND.lower(tiny_llama(), tmp_path)
+    assert not (tmp_path / "prompt.onnx").exists()
