@@ -75,7 +75,7 @@ def main() -> None:
     if options.text:
         figures |= {"text": options.text.name, "windows": options.windows}
         for name, found in perplexities(options, ours).items():
-            figures["engines"][name]["perplexity"] = round(found, 3)
+            figures["engines"][name] |= {what: round(value, 3) for what, value in found.items()}
     figures |= next(iter(figures["against"].values()))  # the first of ours, under the keys that people look for
     print(json.dumps(figures, indent=1))
     print("written to", write(options.name, figures))
@@ -163,24 +163,46 @@ def bandwidth() -> float:
     return block.nbytes / min(times)
 
 
-def perplexities(options: argparse.Namespace, ours: dict[str, str]) -> dict[str, float]:
-    """Of our folders by our session, of llama.cpp's file by llama.cpp, over the same windows of 512 tokens."""
+def perplexities(options: argparse.Namespace, ours: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Of our folders by our session, of llama.cpp's file by llama.cpp, over the same windows of 512 tokens.
+
+    Where a folder has a form that reads prompts: also of the second halves of the windows, behind the first ones read
+    by either form.
+    """
     import qcompiler
     from qcompiler.evaluate import encode, perplexity
 
     sessions = {name: qcompiler.load(folder) for name, folder in ours.items()}
     tokens = encode(next(iter(sessions.values())).tokenizer, options.text.read_text(encoding="utf-8"))
-    found = {name: perplexity(session, tokens, 512, options.windows) for name, session in sessions.items()}
+    rows = tokens[: 512 * options.windows].view(-1, 512)
+    found = {name: {"perplexity": perplexity(s, tokens, 512, options.windows)} for name, s in sessions.items()}
+    for name in [name for name, folder in ours.items() if Path(folder, "prompt.onnx").exists()]:
+        found[name]["behind_integer_prompt"] = behind_prompts(sessions[name].runner, rows)
+        sessions[name].runner.reader = None
+        found[name]["behind_prompt"] = behind_prompts(sessions[name].runner, rows)
     if options.llama:
         python, model = options.llama.split("=", 1)
         with tempfile.TemporaryDirectory() as folder:
             lines = Path(folder, "windows.jsonl")
-            rows = tokens[: 512 * options.windows].view(-1, 512).tolist()
-            lines.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+            lines.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows.tolist()))
             command = [python, str(PEERS / "llama_cpp_bench.py"), model, "--evaluate", str(lines), "--repeat", "1"]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[SHOWN["llama"]] = json.loads(done.stdout.splitlines()[-1])["evaluate"]["perplexity"]
+        found[SHOWN["llama"]] = {"perplexity": json.loads(done.stdout.splitlines()[-1])["evaluate"]["perplexity"]}
     return found
+
+
+def behind_prompts(runner: Any, rows: Any) -> float:
+    """Perplexity of the second half of each row [windows, tokens], token by token behind the first half."""
+    import torch
+
+    losses, half = [], rows.shape[1] // 2
+    for row in rows:
+        decoder = runner.decoder(1, len(row))
+        logits = decoder.step(row[None, :half])
+        for token in row[half:]:
+            losses.append(torch.nn.functional.cross_entropy(logits, token[None]))
+            logits = decoder.step(token.view(1, 1))
+    return float(torch.stack(losses).mean().exp())
 
 
 def ratio(mine: Sequence[float], others: Sequence[float]) -> float:

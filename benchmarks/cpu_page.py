@@ -15,6 +15,12 @@ HEAD = """\
 Written by `make bench-cpu`; the figures are those of `benchmarks/results/cpu.json`. SmolLM2-135M, two threads on
 {cpu}, every engine in a process of its own, all alternating in one run of {rounds} rounds: medians, and medians of the
 ratios by round. Prefill reads 512 tokens, decode writes 128 behind 16."""
+PROMPTS = """\
+## Prompts read in integers
+
+`--backend 'onnxruntime{integer_prompt=true}'` writes a second form of the graph, which fills the caches and has no head:
+its weights are rounded to 8 bits, one scale a row, what they multiply to 8 bits, one scale a token. It costs memory for
+these weights. Perplexity of 256 tokens, one by one behind the 256 before them:"""
 CACHE = """\
 ## A cache of codes
 
@@ -43,6 +49,8 @@ def write_page() -> None:
     first = next(iter(figures["against"]))
     share, mb = figures["against"][first]["bandwidth_fraction"], figures["engines"][first]["mb_a_token"]
     parts.append(WHERE.format(mb=mb, share=share, bandwidth=figures["bandwidth_gb_s"]))
+    if prompts := _prompts(figures):
+        parts += [PROMPTS, "\n".join(prompts)]
     if cache := results("cpu_cache"):
         parts += [CACHE, "\n".join(_cache(cache))]
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -72,6 +80,14 @@ def _bars(figures: dict[str, Any]) -> list[str]:
             shown = ["" if cell is None else f"{cell:.2f}" for cell in cells]
             lines.append(f"| {words} | {'at least' if above else 'at most'} {bar:g} | " + " | ".join(shown) + " |")
     return lines
+
+
+def _prompts(figures: dict[str, Any]) -> list[str]:
+    lines = ["| program | perplexity behind a prompt read by the first form | by the second |", "|---|---|---|"]
+    for name, found in figures["engines"].items():
+        if "behind_prompt" in found:
+            lines.append(f"| {name} | {found['behind_prompt']:.2f} | {found['behind_integer_prompt']:.2f} |")
+    return lines if len(lines) > 2 else []
 
 
 def _cache(figures: dict[str, Any]) -> list[str]:
