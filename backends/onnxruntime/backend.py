@@ -82,12 +82,11 @@ class OnnxRuntime(Backend):
 
     def load(self, program: Program, folder: Path) -> Runner:
         """Open the files that `lower` wrote to `folder`; they are written again if they are not there."""
-        from qcompiler.backends.onnxruntime.names import MODEL, PROMPT
+        from qcompiler.backends.onnxruntime.names import MODEL
         from qcompiler.backends.onnxruntime.runner import OnnxRunner
 
         self._check()
-        wanted = [MODEL, PROMPT] if self.integer_prompt else [MODEL]
-        if not all((folder / name).exists() for name in wanted):
+        if not (folder / MODEL).exists():
             return self.lower(program, folder)
         return OnnxRunner(program, folder, self.threads)
 
