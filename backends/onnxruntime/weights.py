@@ -1,7 +1,11 @@
 """Quantized weights as ONNX Runtime's block-wise operators take them: codes moved, never rounded again."""
 
+import functools
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,10 +20,9 @@ WIDTHS = (2, 4, 8)
 
 
 def block_size(weight: QTensor) -> int:
-    """The largest block that ONNX Runtime has and no group boundary cuts; 0 if there is none.
+    """The fastest block that no group boundary cuts, or the group size itself where that is hardly slower.
 
-    A group of several blocks is written with its scale repeated. Blocks that the row does not fill are avoided
-    where a smaller one fills it, except for the last block of a row that ends in a shorter group.
+    A group of several blocks is written with its scale repeated. 0 if there is no such block.
     """
     columns = weight.columns
     if weight.boundaries is not None:
@@ -30,9 +33,29 @@ def block_size(weight: QTensor) -> int:
     else:
         edges = []
     whole = [block for block in BLOCKS if all(edge % block == 0 for edge in edges)]
-    if weight.scheme.granularity == "group" and weight.scheme.group_size in whole:
-        return weight.scheme.group_size
-    return next((block for block in whole if columns % block == 0), whole[-1] if whole else 0)
+    costs = block_costs(carried(weight), columns)
+    best = min(whole, key=costs.__getitem__, default=0)
+    own = weight.scheme.group_size if weight.scheme.granularity == "group" else 0
+    return own if own in whole and costs[own] <= 1.2 * costs[best] else best
+
+
+def block_costs(bits: int, columns: int) -> dict[int, float]:
+    """Nanoseconds a thousand weights by block size, in rows of about so many columns: see benchmarks/blocks.py."""
+    by_columns = measured()[str(bits)]
+    nearest = min(by_columns, key=lambda known: abs(math.log(int(known) / columns)))
+    return {int(block): cost for block, cost in by_columns[nearest].items()}
+
+
+@functools.cache
+def measured() -> dict[str, dict[str, dict[str, float]]]:
+    """Nanoseconds a thousand weights, by bits, columns and block size."""
+    found: dict[str, dict[str, dict[str, float]]] = json.loads(Path(__file__).with_name("blocks.json").read_text())
+    return found
+
+
+def carried(weight: QTensor) -> int:
+    """The width in which codes are carried: the next that ONNX Runtime has."""
+    return next(width for width in WIDTHS if width >= weight.scheme.bits)
 
 
 def integers(weight: QTensor) -> Answer:
@@ -98,7 +121,7 @@ class Blockwise:
     @classmethod
     def of(cls, name: str, weight: QTensor) -> "Blockwise":
         """Cut `weight`, called `name`; a kernel that accepts it must have been found."""
-        return cls(name, weight, next(w for w in WIDTHS if w >= weight.scheme.bits), block_size(weight))
+        return cls(name, weight, carried(weight), block_size(weight))
 
     @property
     def count(self) -> int:
