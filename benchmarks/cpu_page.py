@@ -15,6 +15,10 @@ HEAD = """\
 Written by `make bench-cpu`; the figures are those of `benchmarks/results/cpu.json`. SmolLM2-135M, two threads on
 {cpu}, every engine in a process of its own, all alternating in one run of {rounds} rounds: medians, and medians of the
 ratios by round. Prefill reads 512 tokens, decode writes 128 behind 16."""
+PARTS = """\
+What a step of {model} ({step_ms:.2f} ms, 64 steps behind 16 tokens) saves without each part, medians of {rounds} rounds
+(`python benchmarks/decode_parts.py FOLDER`). They do not add up: without one part the next finds other data in the
+caches."""
 PROMPTS = """\
 ## Prompts read in integers
 
@@ -30,7 +34,7 @@ WHERE = """\
 ## Where the time goes
 
 A token of decoding reads {mb:.0f} MB of weights: {share:.0%} of the bandwidth that two threads reach here
-({bandwidth:.1f} GB/s). The rest is unpacking and scaling 4-bit codes, starting the operators, and attention."""
+({bandwidth:.1f} GB/s)."""
 BARS = {
     "decode_vs_llama_cpp": ("decode, against the faster llama.cpp", 1.15, True),
     "prefill_vs_llama_cpp": ("prefill, against the faster llama.cpp", 1.5, True),
@@ -49,6 +53,8 @@ def write_page() -> None:
     first = next(iter(figures["against"]))
     share, mb = figures["against"][first]["bandwidth_fraction"], figures["engines"][first]["mb_a_token"]
     parts.append(WHERE.format(mb=mb, share=share, bandwidth=figures["bandwidth_gb_s"]))
+    if steps := results("decode_parts"):
+        parts += [PARTS.format(**steps), "\n".join(_parts(steps))]
     if prompts := _prompts(figures):
         parts += [PROMPTS, "\n".join(prompts)]
     if cache := results("cpu_cache"):
@@ -79,6 +85,13 @@ def _bars(figures: dict[str, Any]) -> list[str]:
         if any(cell is not None for cell in cells):
             shown = ["" if cell is None else f"{cell:.2f}" for cell in cells]
             lines.append(f"| {words} | {'at least' if above else 'at most'} {bar:g} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _parts(figures: dict[str, Any]) -> list[str]:
+    lines = ["| part of a step | operators | ms | share |", "|---|---|---|---|"]
+    for name, part in sorted(figures["parts"].items(), key=lambda item: -item[1]["ms"]):
+        lines.append(f"| {name} | {part['count']} | {part['ms']:.2f} | {part['ms'] / figures['step_ms']:.0%} |")
     return lines
 
 
