@@ -55,7 +55,7 @@ def main() -> None:
             for weighed in (False, True):
                 bench.both(kind.upper(), weighed)
                 write("formats", figures)
-    write_page(figures)
+    write_page()
 
 
 class Bench:

@@ -1,4 +1,4 @@
-"""The table in docs/formats.md, from results/formats.json."""
+"""The tables in docs/formats.md, from results/formats.json and results/nf4.json."""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +6,17 @@ from typing import Any
 from common import results
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
-BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
 
-def write_page(figures: dict[str, Any]) -> None:
-    """Put the table between its marks."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(figures)}\n{END}{after}", encoding="utf-8")
+def write_page() -> None:
+    """Put each table between its marks."""
+    text = PAGE.read_text(encoding="utf-8")
+    for mark, name, made in (("table", "formats", table), ("nf4", "nf4", nf4)):
+        if figures := results(name):
+            before, begin, rest = text.partition(f"<!-- {mark} -->\n")
+            _, end, after = rest.partition(f"<!-- end of {mark} -->")
+            text = f"{before}{begin}{made(figures)}\n{end}{after}"
+    PAGE.write_text(text, encoding="utf-8")
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -29,5 +32,16 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"SmolLM2-135M, {where}, measured by llama.cpp, {figures.get('date', '')}."])
 
 
+def nf4(figures: dict[str, Any]) -> str:
+    """One line for each way to store the scales."""
+    lines = ["| scales | qcompiler | bitsandbytes | apart | in its own kernel |", "|---|--:|--:|--:|--:|"]
+    for name, found in figures["perplexity"].items():
+        cells = [f"{found[who]:.7f}" for who in ("qcompiler", "bitsandbytes")]
+        cells += [f"{found['difference']:.1g}", f"{found['bitsandbytes in its own kernel']:.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    where = f"{figures['windows']} windows of {figures['length']} tokens of {figures['text']}"
+    return "\n".join([*lines, "", f"SmolLM2-135M, perplexity on {where}, {figures['date']}."])
+
+
 if __name__ == "__main__":
-    write_page(results("formats"))
+    write_page()
