@@ -5,6 +5,7 @@ from typing import Any
 
 from common import results
 
+ENGINES = ("llama.cpp", "onnxruntime")
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
 
 
@@ -21,13 +22,17 @@ def write_page() -> None:
 
 def table(figures: dict[str, Any]) -> str:
     """One line a file; llama.cpp's and ours next to each other."""
-    files: dict[str, dict[str, float]] = figures["files"]
-    lines = ["| file | bits a weight | size | perplexity | against llama.cpp's |", "|---|--:|--:|--:|--:|"]
+    files: dict[str, dict[str, Any]] = figures["files"]
+    engines = [engine for engine in ENGINES if any(engine in found.get("decode", {}) for found in files.values())]
+    columns = ["bits a weight", "size", "perplexity", "against llama.cpp's", *(f"{e}, tokens/s" for e in engines)]
+    lines = [f"| file | {' | '.join(columns)} |", "|---|" + len(columns) * "--:|"]
     for name, found in files.items():
         theirs = files.get(name.replace("qcompiler", "llama.cpp"), found) if "qcompiler" in name else None
         ratio = f"{100 * (found['perplexity'] / theirs['perplexity'] - 1):+.2f} %" if theirs else ""
         size, perplexity = f"{found['size_mb']:.1f} MB", f"{found['perplexity']:.3f}"
-        lines.append(f"| {name} | {found['bits']:.2f} | {size} | {perplexity} | {ratio} |")
+        paces = [str(found.get("decode", {}).get(engine, "")) for engine in engines]
+        cells = [name, f"{found['bits']:.2f}", size, perplexity, ratio, *paces]
+        lines.append(f"| {' | '.join(cells)} |")
     where = f"{figures['windows']} windows of {figures['length']} tokens of {figures['text']}"
     return "\n".join([*lines, "", f"SmolLM2-135M, {where}, measured by llama.cpp, {figures.get('date', '')}."])
 
