@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from common import results
+from common import fill, results
 
 ENGINES = ("llama.cpp", "onnxruntime")
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
@@ -11,13 +11,9 @@ PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
 
 def write_page() -> None:
     """Put each table between its marks."""
-    text = PAGE.read_text(encoding="utf-8")
-    for mark, name, made in (("table", "formats", table), ("nf4", "nf4", nf4)):
-        if figures := results(name):
-            before, begin, rest = text.partition(f"<!-- {mark} -->\n")
-            _, end, after = rest.partition(f"<!-- end of {mark} -->")
-            text = f"{before}{begin}{made(figures)}\n{end}{after}"
-    PAGE.write_text(text, encoding="utf-8")
+    made = {"table": ("formats", table), "nf4": ("nf4", nf4)}
+    known = {mark: write(found) for mark, (name, write) in made.items() if (found := results(name))}
+    fill(PAGE, known)
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -144,7 +144,8 @@ def _attention(segment: Segment) -> Weighing:
 
 def _received(node: fx.Node, values: Values) -> Tensor:
     """The attention that each token gets from all heads and queries, [batch, tokens]."""
-    q, k, _, *rest = fx.node.map_arg(node.args, lambda argument: values[argument])
+    arguments: Any = fx.node.map_arg(node.args, lambda argument: values[argument])
+    q, k, _, *rest = arguments
     each = torch.eye(k.shape[2], dtype=q.dtype).expand(k.shape[0], k.shape[1], -1, -1)  # a value for each key
     kwargs = {name: value for name, value in node.kwargs.items() if name not in ("value", "value_grid")}
     weights: Tensor = qc.attention(q, k, each, *rest, **kwargs)
