@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,13 @@ def write(name: str, figures: dict[str, Any]) -> Path:
     today = stamp()
     path.write_text(json.dumps(today | figures | today, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def fill(page: Path, tables: Mapping[str, str]) -> None:
+    """Put each text between the marks `<!-- name -->` and `<!-- end of name -->` of a page."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        text = f"{before}{begin}{table}\n{end}{after}"
+    page.write_text(text, encoding="utf-8")

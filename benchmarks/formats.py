@@ -1,15 +1,19 @@
 """GGUF files made here and by llama.cpp's own quantizer from the same float file, measured by llama.cpp.
 
-    python benchmarks/formats.py --text valid.txt --llama-python PYTHON [--types q4_k_m q3_k_m] [--windows 16]
+    python benchmarks/formats.py --text valid.txt --llama-python PYTHON [--types q4_k_m q3_k_m] [--rounds 5]
 
 Perplexity over windows of 512 tokens from the start of the text; the importance matrix is measured here on the last 32
-windows of the same text (never those evaluated) and given to both. llama.cpp lives in an environment of its own: see
-peers/README.md. Writes results/formats.json and the table in docs/formats.md.
+windows of the same text (never those evaluated) and given to both. Decode speed is of 128 tokens, one by one, in
+llama.cpp and, of our files, in plain onnxruntime, the two alternating: measure it on a quiet machine, or leave it out
+(--rounds 0). llama.cpp lives in an environment of its own: see peers/README.md. Writes results/formats.json and the
+table in docs/formats.md; what is there already is not measured again.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,8 +21,10 @@ from typing import Any
 
 import torch
 from common import canonical, resumed, write
+from cpu import Engine, alternate
 from formats_page import write_page
 
+from qcompiler import compile
 from qcompiler.formats import gguf_types, gguf_write
 from qcompiler.formats.gguf import GgufFile
 from qcompiler.passes.kquant import measured
@@ -38,6 +44,8 @@ def main() -> None:
     parser.add_argument("--llama-python", type=Path, required=True, help="Python of an environment with llama_cpp")
     parser.add_argument("--types", nargs="+", default=["q4_k_m", "q3_k_m"])
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5, help="of decoding; 0 measures no speed")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     options = parser.parse_args()
@@ -48,21 +56,22 @@ def main() -> None:
     setting = {"text": options.text.name, "windows": options.windows, "length": LENGTH, "calibration": CALIBRATION}
     figures = resumed("formats", setting, options.fresh)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(base, Path(folder), options.llama_python, figures.setdefault("files", {}))
+        pace = Pace(Path(folder), options.llama_python, options.rounds, options.threads)
+        bench = Bench(base, Path(folder), options.llama_python, figures.setdefault("files", {}), pace)
         bench.prepare(rows[: options.windows], rows[-CALIBRATION:])
         bench.measure("F32", bench.float_file, 0.0)
         for kind in options.types:
             for weighed in (False, True):
                 bench.both(kind.upper(), weighed)
                 write("formats", figures)
-    write_page(figures)
+    write_page()
 
 
 class Bench:
     """One float model, and what becomes of it."""
 
-    def __init__(self, base: Program, folder: Path, python: Path, files: dict[str, Any]) -> None:
-        self.base, self.folder, self.python, self.files = base, folder, python, files
+    def __init__(self, base: Program, folder: Path, python: Path, files: dict[str, Any], pace: "Pace") -> None:
+        self.base, self.folder, self.python, self.files, self.pace = base, folder, python, files, pace
         self.float_file, self.windows = folder / "float.gguf", folder / "windows.jsonl"
         self.matrix = folder / "imatrix.dat"
 
@@ -77,7 +86,7 @@ class Bench:
         """A mixture by llama.cpp and by kquant."""
         suffix = ", imatrix" if weighed else ""
         names = {who: f"{kind} {who}{suffix}" for who in ("llama.cpp", "qcompiler")}
-        if all(name in self.files for name in names.values()):
+        if all(self._done(name) for name in names.values()):
             return
         ours, theirs = self.folder / "ours.gguf", self.folder / "theirs.gguf"
         program, start = self.base.copy(), time.perf_counter()
@@ -90,21 +99,28 @@ class Bench:
         self.measure(names["llama.cpp"], theirs, report["seconds"])
         self.measure(names["qcompiler"], ours, seconds)
 
+    def _done(self, name: str) -> bool:
+        return name in self.files and ("decode" in self.files[name] or not self.pace.rounds)
+
     def measure(self, name: str, path: Path, seconds: float) -> None:
-        """Size, bits a weight, and llama.cpp's perplexity."""
-        if name in self.files:
-            return
+        """Size, bits a weight, llama.cpp's perplexity, and the speed of whatever runs the file."""
+        if name not in self.files:
+            self.files[name] = self._quality(path, seconds)
+        if not self._done(name):
+            self.files[name]["decode"] = self.pace.measured(path, ours="llama.cpp" not in name)
+        print(name, json.dumps(self.files[name]), flush=True)
+
+    def _quality(self, path: Path, seconds: float) -> dict[str, float]:
         command = ("llama_cpp_bench.py", str(path), "--serve", "--context", str(LENGTH))
         found = self._peer(*command, "--evaluate", str(self.windows), ask="evaluate\nquit\n")
         file = GgufFile.read(path)
         values = sum(torch.Size(t.shape).numel() for t in file.tensors.values())
-        self.files[name] = {
+        return {
             "perplexity": round(found["perplexity"], 4),
             "bits": round(8 * sum(t.nbytes for t in file.tensors.values()) / values, 3),
             "size_mb": round(path.stat().st_size / 1e6, 1),
             "seconds": round(seconds, 1),
         }
-        print(name, json.dumps(self.files[name]), flush=True)
 
     def _peer(self, script: str, *arguments: str, ask: str = "") -> dict[str, Any]:
         """The last JSON line that a peer's script prints."""
@@ -114,6 +130,25 @@ class Bench:
             raise SystemExit(f"{script} failed: {done.stderr[-500:]}")
         answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return answer
+
+
+class Pace:
+    """How fast engines decode a GGUF file, in tokens a second."""
+
+    def __init__(self, folder: Path, python: Path, rounds: int, threads: int) -> None:
+        self.folder, self.python, self.rounds, self.threads = folder, python, rounds, threads
+
+    def measured(self, path: Path, ours: bool) -> dict[str, float]:
+        """The median of each engine: llama.cpp, and with `ours` onnxruntime over the same codes."""
+        engines = {"llama.cpp": Engine("llama", str(self.python), str(path), self.threads)}
+        if ours:
+            folder = self.folder / f"{path.stem}-onnx"
+            compile(path, "stored", backend="onnxruntime").save(folder)
+            engines["onnxruntime"] = Engine("ours", sys.executable, str(folder), self.threads)
+        samples = alternate(engines, "decode", self.rounds)
+        for engine in engines.values():
+            engine.close()
+        return {name: round(statistics.median(paces), 1) for name, paces in samples.items()}
 
 
 def _same_types(ours: Path, theirs: Path) -> None:

@@ -62,6 +62,9 @@ TUNE = "block_tune{{scheme={weights} steps=50"  # a quarter of the default: minu
 METHODS = {  # what transforms, and what rounds the weights
     "rtn": ("", "rtn"),
     "gptq": ("", "gptq"),
+    "gptq, relative": ("", "gptq{{scheme={weights} importance=relative}}"),
+    "gptq, attention": ("", "gptq{{scheme={weights} importance=attention}}"),
+    "gptq, corrected": ("", "gptq{{scheme={weights} correction=0.5}}"),
     "awq": ("awq{{scheme={weights}}}", "rtn"),
     "awq, clipped": ("awq{{scheme={weights}}}, awq_clip{{scheme={weights}}}", "rtn"),
     "smoothquant": ("smoothquant", "rtn"),

@@ -114,7 +114,7 @@ def _against_peer(base: Program, tokens: torch.Tensor, options: argparse.Namespa
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        _save_float(model)
+        save_float(model)
         lines = [json.dumps({"input_ids": row.tolist()}) for row in rows]
         (Path(folder) / "calibration.jsonl").write_text("\n".join(lines))
         for name, (bits, group, symmetric) in PEER.items():
@@ -143,7 +143,7 @@ def _against_peer(base: Program, tokens: torch.Tensor, options: argparse.Namespa
     return figures
 
 
-def _save_float(folder: Path) -> None:
+def save_float(folder: Path) -> None:
     """The demo model as an ordinary folder that other tools load."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

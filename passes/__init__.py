@@ -10,6 +10,7 @@ from qcompiler.passes.awq import Awq, AwqClip
 from qcompiler.passes.block_tune import BlockTune
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.carry import Carry
+from qcompiler.passes.dynamic8 import Dynamic8
 from qcompiler.passes.equalize import Equalize
 from qcompiler.passes.fp4 import Fp4
 from qcompiler.passes.fuse import Fuse
@@ -35,6 +36,7 @@ PLUGIN = Plugin(
         BlockTune,
         Canonicalize,
         Carry,
+        Dynamic8,
         Equalize,
         Fp4,
         Fuse,

@@ -17,19 +17,18 @@ from qcompiler import calibration, ops
 from qcompiler.calibration import Needs, Sample, Segment
 from qcompiler.errors import PassError, RecipeError
 from qcompiler.execution import execute
-from qcompiler.ops import qc
 from qcompiler.passes.gptq import Gptq
+from qcompiler.passes.reference import outputs, unrounded
 from qcompiler.passes.rtn import Rtn, layer_record
 from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
 from qcompiler.passes.statistics import Hessian
 from qcompiler.pipeline import Context, Contract, Pass
-from qcompiler.program import Program, Type
+from qcompiler.program import Program
 from qcompiler.rounding import straight_through
 from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits
 from qcompiler.spill import Spill
 
 STARTS = ("gptq", "rtn")
-ROUNDED = ("key", "value", "block", "recent", "first", "levels", "key_grid", "value_grid")  # of qc.attention
 
 
 @dataclass(frozen=True)
@@ -171,8 +170,8 @@ class Block:
         self, segment: Segment, target: Segment, program: Program, floats: Program, samples: Sequence[Sample]
     ) -> None:
         self.segment, self.program, self.samples = segment, program, samples
-        self.outputs = list(_outputs(segment.nodes))
-        wanted = list(_outputs(target.nodes))
+        self.outputs = list(outputs(segment.nodes))
+        wanted = list(outputs(target.nodes))
         if len(wanted) != len(self.outputs):
             raise PassError(f"block {segment.index} has other outputs with rounded activations than without")
         self.wanted, self.targets = wanted, Spill()
@@ -212,27 +211,6 @@ def pieces(samples: Sequence[Sample], batch: int) -> Iterator[Sample]:
 
 def _layers(nodes: Sequence[fx.Node], chosen: Mapping[str, None]) -> list[fx.Node]:
     return [n for n in nodes if n.target is torch.ops.aten.linear.default and weight_name(n) in chosen]
-
-
-def _outputs(nodes: Sequence[fx.Node]) -> Iterator[fx.Node]:
-    """The float values that later segments read."""
-    inside = set(nodes)
-    for node in nodes:
-        kind = node.meta["type"]
-        if isinstance(kind, Type) and kind.dtype.is_floating_point and any(user not in inside for user in node.users):
-            yield node
-
-
-def unrounded(program: Program) -> Program:
-    """A copy whose activations, keys and values keep their floats."""
-    copy = program.copy()
-    for node in copy.calls(qc.fake_quantize, qc.attention):
-        if node.target is qc.attention:
-            node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ROUNDED}
-        else:
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            copy.graph.erase_node(node)
-    return copy
 
 
 def differentiable(program: Program) -> Program:

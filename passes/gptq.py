@@ -2,18 +2,25 @@
 
 Columns are rounded one after another; the error of each is spread over the columns not yet rounded, weighted by the
 inverse Hessian of the layer's squared error ||WX - QX||^2.
+
+Two variants: tokens that count for more (`importance`), and inputs X that are not what they are in the float model, X~
+(`correction`): then the error is ||WX~ - QX||^2 (GPTAQ, Li et al., arXiv 2504.02692), whose least value over floats is
+at W + W (X~ - X) X' (XX')^-1; that matrix is rounded in W's place (QEP, Arai and Ichikawa, arXiv 2504.09629).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from dataclasses import dataclass
 from itertools import product
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from qcompiler.calibration import Needs, Segment
-from qcompiler.errors import No, PassError
+from qcompiler.errors import No, PassError, RecipeError
+from qcompiler.passes.curvature import IMPORTANCE, Side, measure, side_by_side
 from qcompiler.passes.rtn import Rtn, layer_record
 from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
 from qcompiler.passes.statistics import Hessian
@@ -21,6 +28,7 @@ from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
 from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits, range_grid
 
+NONE: Mapping[str, Tensor] = MappingProxyType({})
 BLOCK = 128  # columns whose errors are spread together, as in the paper's lazy batch updates
 
 
@@ -34,6 +42,10 @@ class Gptq(Pass):
     minimum-maximum range). `refits` is how often the scales are fitted to the codes by least squares and the columns
     rounded again (beyond the paper; 0 is plain GPTQ). A row for which plain rounding has the smaller error keeps its
     rounded codes.
+
+    `importance` is how tokens are weighed: `relative`, `attention`, or all the same (see `curvature`). `correction` is
+    how much of the way to the corrected weights is gone, 0 (none) to 1; to stop before the end guards against fitting
+    the calibration data. Both run each block once more, and `correction` the float model beside.
     """
 
     name: ClassVar[str] = "gptq"
@@ -46,6 +58,8 @@ class Gptq(Pass):
     act_order: bool = True
     clip: float = 0.6
     refits: int = 1
+    importance: str = ""
+    correction: float = 0.0
     min_coverage: float = 1.0
 
     @property
@@ -58,23 +72,36 @@ class Gptq(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         if not ctx.samples:
             raise PassError("it needs calibration data; give calibration=..., or use rtn, which needs none")
+        if self.importance not in IMPORTANCE:
+            raise RecipeError(f'importance "{self.importance}" is none of {", ".join(filter(None, IMPORTANCE))}')
+        if not 0 <= self.correction <= 1:
+            raise RecipeError(f"correction={self.correction:g}: it is a share of the way, 0 to 1")
         chosen = {node.name: weight_name(node) for node in select(program, self.include, self.exclude, ctx)}
         journal = ctx.journal.of(str(self), program, ctx.samples, ctx.seed)
+        plain = not self.importance and not self.correction
 
         def needs(nodes: Sequence[fx.Node]) -> Needs:
-            return {node.name: Hessian() for node in nodes if node.name in chosen and not journal.has(node)}
+            layers = [node for node in nodes if node.name in chosen and not journal.has(node)] if plain else []
+            return {node.name: Hessian() for node in layers}
 
-        for segment in ctx.sweep(program, needs):
+        for segment, floats in side_by_side(program, needs, ctx, bool(self.correction)):
             errors: dict[str, float] = {}
             if (found := journal.get(segment.index)) is None:
-                found, errors = self.segment(program, segment, ctx)
+                drifts: Mapping[str, Tensor] = {}
+                layers = [node for node in segment.nodes if node.name in chosen]
+                if layers and not plain:
+                    hessians, drifts = measure(Side(program, segment), floats, ctx.samples, layers, self.importance)
+                    segment.statistics |= hessians
+                found, errors = self.segment(program, segment, ctx, drifts)
                 journal.put(segment.index, found)
             for name, q in found.items():
                 ctx.layer(layer_record(name, program.tensors[name], q, self.name, errors.get(name)))
                 program.quantize_tensor(name, q)
         check_coverage(len(chosen), sum(name in program.quantized for name in chosen.values()), self.min_coverage)
 
-    def segment(self, program: Program, segment: Segment, ctx: Context) -> tuple[dict[str, QTensor], dict[str, float]]:
+    def segment(
+        self, program: Program, segment: Segment, ctx: Context, drifts: Mapping[str, Tensor] = NONE
+    ) -> tuple[dict[str, QTensor], dict[str, float]]:
         """The quantized weights of a segment by name, and their relative output errors."""
         found: dict[str, QTensor] = {}
         errors: dict[str, float] = {}
@@ -90,6 +117,8 @@ class Gptq(Pass):
             if id(hessian) not in factors:
                 factors[id(hessian)] = inverse_factor(hessian, self.damp, self.act_order)
             weight = program.tensors[name]
+            if node.name in drifts:
+                weight = corrected(weight, drifts[node.name], factors[id(hessian)], self.correction)
             found[name], errors[name] = _gptq(
                 weight, hessian, factors[id(hessian)], self.scheme, self.clip, self.refits
             )
@@ -154,6 +183,16 @@ def inverse_factor(h: Tensor, damp: float, act_order: bool) -> tuple[Tensor, Ten
             upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
             return upper.float(), order
     raise PassError(f"the Hessian is not positive definite even when damped; raise damp above {damp:g}")
+
+
+def corrected(weight: Tensor, drift: Tensor, factor: tuple[Tensor, Tensor], strength: float) -> Tensor:
+    """Weight [n, k] moved by `strength` towards W + W D H^-1, D the drift [k, k]: what makes of X what W does of X~.
+
+    `factor` is what `inverse_factor` gave for H: its inverse is U' U in processing order.
+    """
+    u, order = factor
+    shift = (weight.float() @ drift)[:, order] @ u.T @ u
+    return (weight.float() + strength * shift[:, torch.argsort(order)]).to(weight.dtype)
 
 
 def solve(w: Tensor, u: Tensor, order: Tensor, scheme: Scheme, scale: Tensor, zero: Tensor | None) -> Tensor:

@@ -182,11 +182,16 @@ def _arguments(node: fx.Node) -> Iterator[tuple[str, Any]]:
 
 
 def _rows(value: Tensor, sample: Sample, statistic: Statistic) -> Tensor:
-    """A value [batch, tokens, channels] (or by heads) as rows [tokens, channels], without those of padding tokens."""
+    """A value as rows of its channels, where the statistic has them."""
     if statistic.axis != -1:
         value = value.movedim(statistic.axis, -1)
     if statistic.heads:
         value = value.transpose(1, 2).flatten(2)
+    return real_rows(value, sample)
+
+
+def real_rows(value: Tensor, sample: Sample) -> Tensor:
+    """A value [batch, tokens, channels] as rows [tokens, channels], without those of padding tokens."""
     real = sample.get("attention_mask")
     if real is not None and real.shape == value.shape[:-1] and not bool((real != 0).all()):
         return value[real != 0]

@@ -1,4 +1,4 @@
-"""Codebooks over blocks, as bitsandbytes defines them: NF4, FP4, and double quantization of the blocks' scales.
+"""Codebooks over blocks, as bitsandbytes defines them: NF4, FP4, the 8-bit dynamic map, and quantized block scales.
 
 Source: bitsandbytes; QLoRA (arXiv 2305.14314); the 8-bit map: arXiv 1511.04561 and 2110.02861.
 """
@@ -70,39 +70,67 @@ def quantize_blocks(weight: Tensor, kind: str, block: int, double: bool = False)
     >>> str(q.scheme), q.scale.flatten().tolist()
     ('nf4:g32:sym', [1.0, 1.0])
     """
-    if block not in BLOCKS:
-        raise RecipeError(f"blocks of {block} values; the sizes are {', '.join(map(str, BLOCKS))}")
-    if weight.numel() == 0 or not bool(torch.isfinite(weight).all()):
-        raise InputError("a weight that is empty, or holds NaN or infinite values, cannot be quantized")
-    values = weight.detach().reshape(-1).float()
+    values = _checked(weight, block)
     table = codebook(kind)
     order = torch.argsort(table)
     scaled, absmax = _scaled(values, block)
     middles = (table[order[:-1]] + table[order[1:]]) / 2
     codes = order[torch.bucketize(scaled, middles)].to(torch.uint8)
-    by_row = weight.dim() == 2 and weight.shape[1] % block == 0
+    return _record(weight, f"{kind}:g{block}", codes, absmax, table, double)
+
+
+def quantize_dynamic(weight: Tensor, block: int) -> QTensor:
+    """The codes of `weight` in the 8-bit dynamic map, in blocks of the flattened weight as `quantize_blocks` cuts them.
+
+    Codes and scales are bitsandbytes' (`quantize_blockwise`) to the bit.
+
+    >>> quantize_dynamic(torch.tensor([[1.0, -1.0] * 16]), 32).dequantize()[0, :2]
+    tensor([ 1.0000, -0.9930])
+    """
+    runs = by_group(_checked(weight, block)[None], block)[0]
+    absmax = runs.abs().amax(-1)
+    codes = _dynamic_codes(runs, absmax)[: weight.numel()]
+    return _record(weight, f"nf8:g{block}", codes, absmax, dynamic_map())
+
+
+def _checked(weight: Tensor, block: int) -> Tensor:
+    """The values of a weight that can be quantized in such blocks, float32 [n]."""
+    if block not in BLOCKS:
+        raise RecipeError(f"blocks of {block} values; the sizes are {', '.join(map(str, BLOCKS))}")
+    if weight.numel() == 0 or not bool(torch.isfinite(weight).all()):
+        raise InputError("a weight that is empty, or holds NaN or infinite values, cannot be quantized")
+    return weight.detach().reshape(-1).float()
+
+
+def _record(weight: Tensor, scheme: str, codes: Tensor, absmax: Tensor, table: Tensor, double: bool = False) -> QTensor:
+    """The record of codes uint8 [n] and scales [blocks] of a flattened weight."""
+    kind = Scheme.parse(scheme)
+    by_row = weight.dim() == 2 and weight.shape[1] % kind.group_size == 0
     rows = weight.shape[0] if by_row else 1
-    scale: Tensor | QTensor = absmax.view(rows, -1)
-    if double:
-        scale = nested(absmax.view(rows, -1))
-    scheme = Scheme.parse(f"{kind}:g{block}")
-    packed = pack_bits(codes.view(rows, -1), 4)
+    scale = nested(absmax.view(rows, -1)) if double else absmax.view(rows, -1)
+    packed = pack_bits(codes.view(rows, -1), kind.bits)
     axis = -1 if by_row else None
-    return QTensor(scheme, tuple(weight.shape), packed, scale, codebook=table, dtype=weight.dtype, axis=axis)
+    return QTensor(kind, tuple(weight.shape), packed, scale, codebook=table, dtype=weight.dtype, axis=axis)
 
 
 def nested(absmax: Tensor) -> QTensor:
     """Scales [rows, blocks], quantized: less their mean, in runs of 256, by the 8-bit dynamic map."""
     offset = absmax.reshape(-1).mean()
-    table = dynamic_map()
     values = absmax.reshape(-1) - offset
     runs = by_group(values[None], NESTED)[0]
     scale = runs.abs().amax(-1)
+    codes = _dynamic_codes(runs, scale)[: values.numel()]
+    return nested_record(tuple(absmax.shape), codes, scale, dynamic_map(), offset)
+
+
+def _dynamic_codes(blocks: Tensor, absmax: Tensor) -> Tensor:
+    """Codes in the 8-bit dynamic map, uint8 [n], of values [blocks, block] and their largest magnitudes [blocks]."""
+    table = dynamic_map()
     # bitsandbytes' CPU library looks codes up by the value in 16 bits, which now and then is not the nearest one.
-    steps = torch.floor((runs / scale[:, None] + 1) * STEPS + 0.5) / STEPS - 1
+    steps = torch.floor((blocks / absmax[:, None] + 1) * STEPS + 0.5) / STEPS - 1
     codes = torch.bucketize(steps, (table[:-1] + table[1:]) / 2).to(torch.uint8)
-    codes[scale == 0] = 0
-    return nested_record(tuple(absmax.shape), codes.flatten()[: values.numel()], scale, table, offset)
+    codes[absmax == 0] = 0
+    return codes.flatten()
 
 
 def nested_record(shape: tuple[int, ...], codes: Tensor, scale: Tensor, table: Tensor, offset: Tensor) -> QTensor:

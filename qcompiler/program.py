@@ -412,6 +412,8 @@ class Program:
         digest = hashlib.blake2b(self.text().encode(), digest_size=16)
         for name in sorted(self.tensors):
             digest.update(name.encode() + self._digest(name))
+        for gone in self._digests.keys() - self.tensors.keys():  # a digest keeps its tensor alive
+            del self._digests[gone]
         return digest.hexdigest()
 
     def _digest(self, name: str) -> bytes:

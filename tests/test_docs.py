@@ -47,6 +47,13 @@ def test_the_pass_of_the_guide_works() -> None:
     assert len(program.quantized) == 15
 
 
+def test_the_guide_to_fine_tuning_runs() -> None:
+    pytest.importorskip("peft", reason="the extra [dev] is not installed")
+    (code,) = blocks("docs/finetuning.md")
+    with torch.random.fork_rng():
+        exec(compile(code, "finetuning.md", "exec"), {})
+
+
 def test_the_recipes_of_the_guide_parse() -> None:
     for code in blocks("docs/recipes.md"):
         exec(compile(code, "recipes.md", "exec"), {})

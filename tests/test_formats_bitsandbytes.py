@@ -1,6 +1,8 @@
 """bitsandbytes: codes and scales equal to its library's to the bit, and checkpoints in both directions."""
 
 import json
+from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qcompiler.codebooks import BLOCKS, codebook, dynamic_map, quantize_blocks
+from qcompiler.codebooks import BLOCKS, codebook, dynamic_map, quantize_blocks, quantize_dynamic
 from qcompiler.compiler import compile
 from qcompiler.errors import InputError, No, RecipeError
+from qcompiler.evaluate import encode, perplexity
 from qcompiler.formats import bitsandbytes as form
 from qcompiler.scheme import QTensor, Scheme
+from qcompiler.source import demo_model
+from qcompiler.torch_model import to_torch
 from tests.checkpoints import ids, llama, session, written
 
 library = pytest.importorskip("bitsandbytes", reason="the extra [dev] is not installed")
@@ -58,6 +63,26 @@ def test_codes_and_scales_equal_theirs_to_the_bit(
         assert torch.equal(record.scale.flatten(), state.absmax)
     if weight.shape[1] % block == 0:  # their CPU library decodes no blocks that cross rows right
         assert torch.equal(record.dequantize(), library.functional.dequantize_4bit(codes, state))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    block=st.sampled_from(BLOCKS),
+    shape=st.sampled_from(((64, 576), (7, 100), (33, 65), (1, 1), (300, 64), (96, 512))),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    tail=st.sampled_from((1, 3)),
+    seed=st.integers(0, 999),
+)
+def test_codes_of_8_bits_equal_theirs_to_the_bit(
+    block: int, shape: tuple[int, int], dtype: torch.dtype, tail: int, seed: int
+) -> None:
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) ** tail).to(dtype)
+    weight[0] = 0
+    codes, state = library.functional.quantize_blockwise(weight, blocksize=block)
+    record = quantize_dynamic(weight, block)
+    assert torch.equal(record.unpacked().flatten(), codes.flatten())
+    assert torch.equal(record.scale.flatten(), state.absmax)
+    assert torch.equal(record.dequantize(), library.functional.dequantize_blockwise(codes, state))
 
 
 def test_blocks_that_cross_rows_stand_for_the_nearest_values() -> None:
@@ -118,6 +143,45 @@ def test_what_transformers_writes_is_read(double: bool, tmp_path: Path) -> None:
         assert isinstance(record, QTensor)
         assert record.spec() == expected.spec()
         assert all(torch.equal(a, b) for a, b in zip(record.parts().values(), expected.parts().values(), strict=True))
+
+
+def small(folder: Path) -> Tensor:
+    """Writes a model whose rows are whole blocks of 64; returns ids to predict."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=96, pad_token_id=0)).save_pretrained(folder)
+    return torch.randint(1, 96, (64,), generator=torch.Generator().manual_seed(1))
+
+
+def smollm2(folder: Path) -> Tensor:
+    """Writes the demo's model in float32; returns ids to predict."""
+    compiled = compile(demo_model(), "float", backend="reference")
+    to_torch(compiled).save_pretrained(folder)
+    return encode(compiled.tokenizer, (files("qcompiler") / "demo_text.txt").read_text(encoding="utf-8"))[:512]
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("model", [small, pytest.param(smollm2, marks=SLOW)])
+def test_the_perplexity_is_theirs(model: Callable[[Path], Tensor], double: bool, tmp_path: Path) -> None:
+    """Where its layers multiply in float32: on CPUs with bfloat16 instructions they would otherwise use these."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tokens = model(tmp_path)
+    kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": torch.float32}
+    how = BitsAndBytesConfig(load_in_4bit=True, **kind)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how, dtype=torch.float32).eval()
+    for module in theirs.modules():
+        if isinstance(module, library.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    compiled = compile(tmp_path, f"canonicalize, nf4{{double={str(double).lower()}}}, fuse, pack", backend="reference")
+    floats = compile(tmp_path, "canonicalize", backend="reference")
+    ours, expected, unrounded = (
+        perplexity(run, tokens, 64) for run in (compiled, lambda x: theirs(input_ids=x).logits, floats)
+    )
+    assert ours == pytest.approx(expected, rel=1e-6)
+    assert ours != pytest.approx(unrounded, rel=1e-4)  # the distance tells models apart
 
 
 def layer(double: bool = True) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Programs: they run, print, change and fingerprint as their description says, and refuse what is not well-formed."""
 
+import gc
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -347,3 +349,14 @@ def test_a_program_of_two_outputs_runs() -> None:
     assert list(found) == ["last_hidden_state", "first_half"]
     assert torch.equal(found["first_half"], found["last_hidden_state"][..., :16])
     assert Input("x", Type((1,), torch.int64)).default == ""
+
+
+def test_fingerprints_keep_no_tensor_alive() -> None:
+    program = tiny_llama()
+    name = "model.layers.0.mlp.up_proj.weight"
+    program.fingerprint()
+    gone = weakref.ref(program.tensors[name])
+    program.quantize_tensor(name, QTensor.quantize(program.tensors[name], Scheme.parse("int4:g32")))
+    program.fingerprint()
+    gc.collect()
+    assert gone() is None

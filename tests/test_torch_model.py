@@ -1,5 +1,8 @@
 """to_torch: packed layers with gradients, and PEFT's adapters on top of them."""
 
+import os
+import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from qcompiler.errors import InputError
 from qcompiler.torch_model import QuantizedLinear, to_torch
 from tests.checkpoints import ids, session
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 peft = pytest.importorskip("peft", reason="the extra [dev] is not installed")
 
 RECIPES = {
@@ -22,6 +26,11 @@ RECIPES = {
 def packed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The buffers of all quantized layers, copied."""
     return {name: b.clone() for name, b in model.named_buffers() if ".packed_" in name}
+
+
+def layers(model: torch.nn.Module) -> list[QuantizedLinear]:
+    """The packed layers, wrapped by PEFT or not."""
+    return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
 
 
 def train(model: Any, steps: int = 25) -> list[float]:
@@ -44,6 +53,9 @@ def test_an_adapter_trains_on_packed_weights(name: str, tmp_path: Path) -> None:
     base = to_torch(compiled)
     assert torch.allclose(base(ids()).logits, compiled(ids()), atol=1e-5)
     before = packed(base)
+    held = sum(tensor.nbytes for layer in layers(base) for tensor in (*layer.parameters(), *layer.buffers()))
+    assert held == sum(layer.record.nbytes for layer in layers(base))
+    assert held < 0.2 * sum(4 * layer.in_features * layer.out_features for layer in layers(base))
     torch.manual_seed(0)
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, settings)
@@ -52,15 +64,35 @@ def test_an_adapter_trains_on_packed_weights(name: str, tmp_path: Path) -> None:
     after = packed(model)
     assert len(before) == len(after)
     assert all(torch.equal(b, a) for b, a in zip(before.values(), after.values(), strict=True))
+    assert held == sum(tensor.nbytes for layer in layers(base) for tensor in (*layer.parameters(), *layer.buffers()))
     trained = model.eval()(ids()).logits
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_config.json").is_file()
     assert (tmp_path / "adapter_model.safetensors").is_file()
     again = peft.PeftModel.from_pretrained(to_torch(compiled), tmp_path).eval()
     assert torch.equal(again(ids()).logits, trained)
-    merged = peft.PeftModel.from_pretrained(to_torch(compiled, dequantize=True), tmp_path).merge_and_unload()
+    compiled.save(tmp_path / "base")
+    floats = to_torch(qcompiler.load(tmp_path / "base", "reference"), dequantize=True)
+    merged = peft.PeftModel.from_pretrained(floats, tmp_path).merge_and_unload()
     assert torch.allclose(merged(ids()).logits, trained, atol=1e-4)
     assert not torch.allclose(merged(ids()).logits, compiled(ids()), atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", RECIPES)
+def test_smollm2_learns_a_text(name: str) -> None:
+    """The text is the file that QCOMPILER_TEXT names, or the demo's."""
+    from finetune import RECIPES, finetuned
+
+    text = os.environ.get("QCOMPILER_TEXT") or files("qcompiler") / "demo_text.txt"
+    found = finetuned(RECIPES[name], Path(str(text)), steps=30)
+    losses = found["losses"]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.5
+    assert found["same_codes"]
+    assert found["decoded_weights_in_memory"] == 0
+    assert found["base"]["packed_mb"] < 0.2 * found["base"]["as_floats_mb"]
+    assert found["perplexity"]["merged into floats"] == pytest.approx(found["perplexity"]["trained"], rel=1e-4)
 
 
 @pytest.mark.parametrize("safe", [False, True])
