@@ -10,7 +10,6 @@ at W + W (X~ - X) X' (XX')^-1; that matrix is rounded in W's place (QEP, Arai an
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
