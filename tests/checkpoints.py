@@ -25,13 +25,9 @@ def llama(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-    }
-    more = {"num_key_value_heads": kv_heads, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
+    sizes = {"hidden_size": 64, "intermediate_size": intermediate, "vocab_size": VOCABULARY}
+    more = {"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": kv_heads}
+    more |= {"max_position_embeddings": 64}
     config = LlamaConfig(**sizes, **more, tie_word_embeddings=tied, attention_bias=bias, pad_token_id=0)
     model = LlamaForCausalLM(config)
     if bias:
