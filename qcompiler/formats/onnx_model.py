@@ -254,6 +254,14 @@ def filled(proto: Any, tensors: dict[str, Tensor]) -> Any:
     return copy
 
 
+def proto_values(tensor: Any) -> Tensor:
+    """The values of a TensorProto; codes of 4 bits and fewer as int8 or uint8."""
+    array = require("onnx", "onnx").numpy_helper.to_array(tensor)
+    if tensor.data_type not in DTYPES:
+        array = array.astype(np.int8 if tensor.data_type in (22, 26) else np.uint8)
+    return torch.from_numpy(np.array(array))
+
+
 def stored_name(name: str) -> str:
     """The name of an initializer in a program, where `::` stands for the parts of a quantized tensor."""
     return name.replace("::", "..")
