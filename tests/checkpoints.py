@@ -15,6 +15,7 @@ from qcompiler.session import Session
 
 VOCABULARY = 96
 WORDS = ["the cat sat on the mat, and the dog on the log; it's 1984 again", "hello world, hello cat, hello dog"]
+WORDS += ["1984 1984 1984 123456 123456"]
 
 
 @functools.cache
