@@ -177,6 +177,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="")
     given = parser.parse_args()
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # it says at length what it misses in a damaged folder
+    transformers.logging.disable_progress_bar()
     outcomes, wrong = run(given.count, given.seed, given.only)
     for line in wrong[:40]:
         print(line)

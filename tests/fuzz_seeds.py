@@ -1,5 +1,6 @@
 """What `fuzz_formats` damages: a sound file or folder of every kind that qcompiler reads, and how it is read."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 from qcompiler import artifact
 from qcompiler.codebooks import float8_map, quantize_blocks
+from qcompiler.compiler import compile
 from qcompiler.convert import convert
 from qcompiler.formats import gguf_types
 from qcompiler.formats.checkpoint import Checkpoint, Format, Rounding
@@ -36,7 +38,7 @@ class Seed:
 
 def seeds(folder: Path) -> dict[str, Seed]:
     """All of them by name; `folder` is where they are made."""
-    return {**_checkpoints(folder), **_gguf(folder), **_imatrices(folder), **_programs(folder)}
+    return {**_checkpoints(folder), **_gguf(folder), **_imatrices(folder), **_onnx(folder), **_programs(folder)}
 
 
 def records(name: str) -> dict[str, QTensor]:
@@ -145,6 +147,19 @@ def _imatrices(folder: Path) -> dict[str, Seed]:
 def _read_imatrix(path: Path) -> None:
     for mean in Imatrix.read(path).means.values():
         mean.sum()
+
+
+def _onnx(folder: Path) -> dict[str, Seed]:
+    """A folder with the ONNX files of a compiled model, tables and external data, and its config.json."""
+    from tests.checkpoints import llama
+
+    recipe = "canonicalize, rtn{scheme=int4:g32:asym}, rtn{scheme=int8:g32 include=@head}, fuse, kv_cache, pack"
+    compiled = compile(llama(tied=True), recipe, backend="onnxruntime", samples=4, length=16)
+    compiled.save(folder / "compiled")
+    files = {path.name: path.read_bytes() for path in (folder / "compiled").glob("model.onnx*")}
+    files["genai_config.json"] = (folder / "compiled" / "genai_config.json").read_bytes()
+    files["config.json"] = json.dumps(compiled.program.info["config"]).encode()
+    return {"onnx": Seed(files, _reader(registry().formats["onnx"]), every=4)}
 
 
 def _programs(folder: Path) -> dict[str, Seed]:

@@ -6,7 +6,7 @@ the rest (epsilons, rotary angles): the model's own must be put beside the file.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,23 +138,23 @@ def _placed(makers: Makers, skeleton: Skeleton, file: Path) -> Iterator[tuple[st
         if name in sizes:
             yield name, make
         elif members and all(member in sizes for member in members):
-            start = 0
-            for member in members:
-                yield member, partial(_rows, make, start, sizes[member])
-                start += sizes[member]
-        elif not re.search(r"(^|[._/])(cos|sin)", name) and make().dim() > 1:
+            parts = [sizes[member] for member in members]
+            for i, member in enumerate(members):
+                yield member, partial(_rows, make, parts, i, f'"{file}": "{name}"')
+        elif not re.search(r"(^|[._/])(cos|sin)", name) and len(make().shape) > 1:
             raise InputError(
                 f'"{file}" holds the matrix "{name}", for which transformers\' {type(skeleton.model).__name__} has no '
                 "place; a checkpoint without it would be another model"
             )
 
 
-def _rows(make: Callable[[], Value], start: int, count: int) -> Value:
-    """Some rows of a matrix, or numbers of a bias."""
-    whole = make()
-    return (
-        whole.take(torch.arange(start, start + count)) if isinstance(whole, QTensor) else whole[start : start + count]
-    )
+def _rows(make: Callable[[], Value], parts: Sequence[int], i: int, what: str) -> Value:
+    """The rows of one of several matrices in one, or numbers of a bias."""
+    whole, start = make(), sum(parts[:i])
+    if whole.shape[0] != sum(parts):
+        raise InputError(f"{what} has {whole.shape[0]} rows, but config.json asks for {' + '.join(map(str, parts))}")
+    end = start + parts[i]
+    return whole.take(torch.arange(start, end)) if isinstance(whole, QTensor) else whole[start:end]
 
 
 def holds(record: QTensor) -> bool | No:

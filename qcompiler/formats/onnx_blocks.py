@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompiler.errors import No, require
+from qcompiler.errors import No
 from qcompiler.scheme import QTensor, Scheme, pack_bits, unpack_bits
 
 CONTRIB = "com.microsoft"
@@ -119,15 +119,14 @@ def packed_of(node: Any, initializers: Mapping[str, Any]) -> Packed | No:
     reader = _READERS.get((node.domain, node.op_type))
     if reader is None:
         return No("no equivalent")
-    onnx = require("onnx", "onnx")
-    given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    given = {a.name: a.i for a in node.attribute}  # all that matter are integers
     inputs = [*node.input, *([""] * 6)]
     return reader(inputs, given, initializers)
 
 
-def _nbits(inputs: list[str], given: Mapping[str, Any], protos: Mapping[str, Any]) -> Packed | No:
+def _nbits(inputs: list[str], given: Mapping[str, int], protos: Mapping[str, Any]) -> Packed | No:
     codes, scale, zero = inputs[1:4]
-    n, k, bits, block = (int(given.get(key, 4 if key == "bits" else 0)) for key in ("N", "K", "bits", "block_size"))
+    n, k, bits, block = (given.get(key, 4 if key == "bits" else 0) for key in ("N", "K", "bits", "block_size"))
     if inputs[4]:
         return No("it reorders its channels (g_idx)")
     if bits not in (2, 4, 8) or n < 1 or k < 1 or block < 16:
@@ -138,11 +137,11 @@ def _nbits(inputs: list[str], given: Mapping[str, Any], protos: Mapping[str, Any
     return _checked(found, protos, sizes)
 
 
-def _gathered(inputs: list[str], given: Mapping[str, Any], protos: Mapping[str, Any]) -> Packed | No:
+def _gathered(inputs: list[str], given: Mapping[str, int], protos: Mapping[str, Any]) -> Packed | No:
     codes, _, scale, zero = inputs[:4]
-    bits, block = int(given.get("bits", 4)), int(given.get("block_size", 128))
+    bits, block = given.get("bits", 4), given.get("block_size", 128)
     shape = list(protos[codes].dims) if codes in protos else []
-    axes = int(given.get("quantize_axis", 1)), int(given.get("gather_axis", 0))
+    axes = given.get("quantize_axis", 1), given.get("gather_axis", 0)
     if len(shape) != 2 or axes[0] not in (-1, 1) or axes[1] != 0:
         return No("it is not a lookup of rows in a matrix with blocks along them")
     if bits not in (2, 4, 8) or block < 16 or min(shape) < 1:
@@ -165,7 +164,7 @@ def _checked(found: Packed, protos: Mapping[str, Any], sizes: Mapping[str, int])
     return found
 
 
-def _dequantized(inputs: list[str], given: Mapping[str, Any], protos: Mapping[str, Any]) -> Packed | No:
+def _dequantized(inputs: list[str], given: Mapping[str, int], protos: Mapping[str, Any]) -> Packed | No:
     codes, scale, zero = inputs[:3]
     if codes not in protos or scale not in protos or (zero and zero not in protos):
         return No("it decodes what was computed")
@@ -175,7 +174,7 @@ def _dequantized(inputs: list[str], given: Mapping[str, Any], protos: Mapping[st
     if zero and (protos[zero].data_type != kind or list(protos[zero].dims) != list(protos[scale].dims)):
         return No("its zero points are not like its codes and scales")
     bits, signed = CODES[kind]
-    axis, block = int(given.get("axis", 1)) % 2, int(given.get("block_size", 0))
+    axis, block = given.get("axis", 1) % 2, given.get("block_size", 0)
     steps = list(protos[scale].dims)
     if block:
         turned = axis == 0
@@ -191,7 +190,7 @@ def _dequantized(inputs: list[str], given: Mapping[str, Any], protos: Mapping[st
     return Packed("DequantizeLinear", codes, scale, zero, (rows, columns), bits, block, True, signed, turned)
 
 
-_READERS: dict[tuple[str, str], Callable[[list[str], Mapping[str, Any], Mapping[str, Any]], Packed | No]] = {
+_READERS: dict[tuple[str, str], Callable[[list[str], Mapping[str, int], Mapping[str, Any]], Packed | No]] = {
     (CONTRIB, "MatMulNBits"): _nbits,
     (CONTRIB, "GatherBlockQuantized"): _gathered,
     ("", "DequantizeLinear"): _dequantized,

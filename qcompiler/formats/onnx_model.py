@@ -100,7 +100,11 @@ def check_names(graph: Any, outer: set[str]) -> None:
     """Every value must be produced before it is used, once; raises an error that names the first that is not."""
     known = {v.name for v in graph.input} | {t.name for t in graph.initializer}
     known |= {t.values.name for t in graph.sparse_initializer}
+    if not all(isinstance(name, str) for name in known):
+        raise _Broken("a name in it is not UTF-8")
     for node in graph.node:
+        if not all(isinstance(text, str) for text in (node.op_type, node.name, *node.input, *node.output)):
+            raise _Broken("a name in it is not UTF-8")
         for name in node.input:
             if name and name not in known and name not in outer:
                 what = node.name or node.op_type
@@ -207,6 +211,8 @@ def _external(tensor: Any, folder: Path | None, size: int) -> np.ndarray[Any, An
     """The external bytes of a tensor, mapped; never from outside the model's folder."""
     where = {entry.key: entry.value for entry in tensor.external_data}
     location = where.get("location", "")
+    if not isinstance(location, str) or "\0" in location:  # what is no UTF-8 comes as bytes
+        raise _Broken(f'tensor "{tensor.name}" lies in an external file that no file can be called')
     if folder is None:
         raise _Broken(f'tensor "{tensor.name}" lies in the external file "{location}"; give the path of the model')
     base = folder.resolve()
