@@ -122,10 +122,14 @@ def _values(source: onnx_model.Source, folder: Path) -> Iterator[tuple[str, Call
             yield name_of(packed.codes), partial(record, packed)
         elif node.op_type == "MatMul" and node.input[1] in source.tensors:
             done.add(node.input[1])
-            yield name_of(node.input[1]), lambda name=node.input[1]: source.tensors[name].T.float().contiguous()
+            yield name_of(node.input[1]), partial(_floats, source.tensors[node.input[1]].T)
     for name, tensor in source.tensors.items():
         if name not in done and tensor.is_floating_point() and tensor.dim():
-            yield name_of(name), lambda name=name: source.tensors[name].float()
+            yield name_of(name), partial(_floats, tensor)
+
+
+def _floats(stored: Tensor) -> Tensor:
+    return stored.float().contiguous()
 
 
 def _placed(makers: Makers, skeleton: Skeleton, file: Path) -> Iterator[tuple[str, Callable[[], Value]]]:

@@ -105,10 +105,10 @@ def _matched(program: Program, builder: Builder) -> dict[int, fx.Node]:
     if len(now) != len(then):
         raise _changed(f"it has {len(now)} calls, not {len(then)}")
     for old, new in zip(then, now, strict=True):
-        old_args = fx.node.map_aggregate((old.args, old.kwargs), lambda a: _key(a, same))
-        new_args = fx.node.map_aggregate((new.args, new.kwargs), lambda a: _key(a, {}))
+        old_args: Any = fx.node.map_aggregate((old.args, old.kwargs), lambda a: _key(a, same))
+        new_args: Any = fx.node.map_aggregate((new.args, new.kwargs), lambda a: _key(a, {}))
         if (old.target, new.target) in QUANTIZED and old in builder.origin:
-            before, after = list(old_args[0]), list(new_args[0])  # type: ignore[call-overload]
+            before, after = list(old_args[0]), list(new_args[0])
             if new.target is qc.embedding:
                 before[:2] = before[1::-1]
             weight, parts = before.pop(1), after.pop(1)
