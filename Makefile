@@ -65,7 +65,7 @@ decoder: dev  ## train a small LayerNorm decoder into build/decoder, once; ARGS=
 bless: dev  ## rewrite the golden texts; then review their diff
 	QCOMPILER_BLESS=1 $(PYTEST) tests -m "golden and not slow" $(ARGS)
 
-fuzz: dev  ## damage checkpoints of every format 20,000 times, and demand one sentence: ARGS="--seed 1"
+fuzz: dev  ## damage files of every kind that is read 20,000 times, and demand one sentence: ARGS="--seed 1"
 	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz_formats $(ARGS)
 
 clean:  ## remove caches and build results, but not .venv

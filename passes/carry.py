@@ -14,7 +14,7 @@ from qcompiler.scheme import QTensor
 
 @dataclass(frozen=True)
 class Carry(Pass):
-    """Use a quantized file's own codes (GGUF: all types that formats/gguf_types.py lists) instead of quantizing again.
+    """Use a quantized model's own codes (a GGUF file's, a checkpoint's, an ONNX model's) instead of quantizing again.
 
     A tensor that has changed since it was decoded keeps its floats, with a No that says so.
     """
@@ -26,7 +26,7 @@ class Carry(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         """Put the codes in place of every float tensor that is still bit for bit what they stand for."""
         if not program.codes:
-            ctx.refuse(No("the source stored no codes: only GGUF files with block-quantized tensors do"))
+            ctx.refuse(No("the source stored no codes: its tensors are floats"))
         for name, record in program.codes.items():
             answer = unchanged(program, name, record)
             if isinstance(answer, No):

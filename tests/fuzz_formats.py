@@ -1,104 +1,36 @@
-"""Damages checkpoints of every format, thousands of times, and demands one sentence from whoever reads them.
+"""Damages files of every kind that qcompiler reads, thousands of times, and demands one sentence from the reader.
 
 `make fuzz` runs `python -m tests.fuzz_formats`; a sample runs with the tests. For each mutation the reader must succeed
-or raise a QCompilerError whose text is one line; nothing else may come out, no file may appear, and memory stays
-below 1 GB.
+or raise a QCompilerError whose text is one line; nothing else may come out, no file may appear but in the output folder
+of a conversion that succeeded, and memory stays below 1 GB.
 """
 
 import argparse
+import itertools
 import json
+import math
 import random
 import resource
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from unittest import mock
 
-import torch
-
-from qcompiler.codebooks import float8_map, quantize_blocks
 from qcompiler.errors import QCompilerError
-from qcompiler.formats.checkpoint import Checkpoint, Format, Rounding
-from qcompiler.formats.gguf import GgufFile
-from qcompiler.plugins import registry
-from qcompiler.scheme import QTensor, Scheme
+from tests.fuzz_seeds import OUT, Seed, seeds
 
 LIMIT_MB = 1000
 VALUES = (
     *(0, 1, -1, 2**31, 2**63, -(2**63), 1e308, 0.5, True, None, "", "x", "../../etc/passwd", [], {}, [[]]),
     *("NaN", "re:(a+)+$", "re:[", 10**30, [2**40, 2**40], {"a": {"a": {}}}),
 )
-Bytes = dict[str, bytes]
 
 
-def records(name: str) -> dict[str, QTensor]:
-    """Small weights that a format holds."""
-    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
-    if name == "bitsandbytes":
-        return {"a": quantize_blocks(weight, "nf4", 32, double=True), "b": quantize_blocks(weight, "nf4", 32)}
-    found = {"a": QTensor.quantize(weight, Scheme.parse("int4:g32:asym"))}
-    found["b"] = found["a"].with_parts(zero=None, scheme=Scheme.parse("int4:g32:sym"))
-    if name.startswith("gptq"):
-        order = torch.argsort(torch.arange(64) % 2, stable=True).to(torch.int32)
-        zero = found["a"].zero
-        assert zero is not None
-        found["a"] = found["a"].with_parts(permutation=order, zero=zero.clamp(min=1))
-    if name == "compressed-tensors":
-        codes = weight.to(torch.float8_e4m3fn).view(torch.uint8)
-        found["c"] = QTensor(Scheme.parse("fp8:channel"), (32, 64), codes, torch.ones(32, 1), codebook=float8_map())
-        found["d"] = QTensor.quantize(weight, Scheme.parse("int8:channel:asym"))
-    return found
-
-
-def seeds(folder: Path) -> dict[str, tuple[Bytes, Callable[[Path], None]]]:
-    """For each format the files of a sound checkpoint, and how it is read to the last value."""
-    from tests.checkpoints import llama
-    from tests.test_gguf import write_model
-
-    config = {**llama().config.to_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
-    found: dict[str, tuple[Bytes, Callable[[Path], None]]] = {}
-    for form in registry().formats.values():
-        if form.write is None or form.read is None:
-            continue
-        weights = records(form.name)
-        if form.name == "compressed-tensors":
-            inputs = {"model.d.weight": Rounding(Scheme.parse("int8:tensor:sym"), (torch.ones(1),))}
-        else:
-            inputs = {}
-        tensors = {f"model.{name}.weight": record for name, record in weights.items()}
-        place = folder / form.name
-        form.write(Checkpoint(config, {**tensors, "model.norm.weight": torch.ones(64)}, None, inputs), place)
-        small = folder / f"{form.name}-sharded"
-        form.write(Checkpoint(config, tensors, None, inputs), small, shard_bytes=1500)
-        for kind in (place, small):
-            found[kind.name] = ({p.name: p.read_bytes() for p in kind.iterdir()}, _reader(form))
-    whole = write_model(folder / "tiny.gguf")
-    found["gguf"] = ({"tiny.gguf": whole.read_bytes()[:40_000]}, _read_gguf)
-    return found
-
-
-def _reader(form: Format) -> Callable[[Path], None]:
-    def read(folder: Path) -> None:
-        assert form.read is not None
-        form.detect(folder)
-        checkpoint = form.read(folder)
-        for name in checkpoint.tensors:
-            value = checkpoint.tensors[name]
-            if isinstance(value, QTensor):
-                value.dequantize()
-
-    return read
-
-
-def _read_gguf(folder: Path) -> None:
-    file = GgufFile.read(folder / "tiny.gguf")
-    for name in list(file.tensors)[:3]:
-        file.qtensor(name)
-
-
-def mutate(files: Bytes, chance: random.Random) -> Bytes:
+def mutate(files: Mapping[str, bytes], chance: random.Random) -> dict[str, bytes]:
     """The files with one to three things wrong."""
     found = dict(files)
     for _ in range(chance.choice((1, 1, 2, 3))):
@@ -183,30 +115,39 @@ def _other_header(data: bytes, chance: random.Random) -> bytes:
 
 
 def run(count: int, seed: int = 0, only: str = "") -> tuple[Counter[str], list[str]]:
-    """Try `count` mutations over all formats; what came out how often, and what should not have."""
+    """Try `count` mutations over all readers; what came out how often, and what should not have."""
     chance = random.Random(seed)
     outcomes: Counter[str] = Counter()
     wrong: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as base:
-        known = {name: seed for name, seed in seeds(Path(base, "seeds")).items() if only in name}
-        names = sorted(known)
-        for i in range(count):
-            name = names[i % len(names)]
-            files, read = known[name]
-            folder = Path(base, "broken", name)
-            folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.iterdir():
-                old.unlink()
-            broken = mutate(files, chance)
-            for file, data in broken.items():
-                (folder / file).write_bytes(data)
-            outcome = _outcome(read, folder)
-            outcomes[outcome if outcome in ("read", "refused") else "wrong"] += 1
-            if {path.name for path in folder.iterdir()} != set(broken):
-                outcome = "wrote files"
-            if outcome not in ("read", "refused"):
-                wrong.append(f"{name} #{i} (seed {seed}): {outcome}")
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as base, tempfile.TemporaryDirectory(prefix="seeds-") as sound:
+        known = {name: one for name, one in seeds(Path(sound)).items() if only in name}
+        rounds = math.lcm(*(one.every for one in known.values()))
+        turns = [name for i in range(rounds) for name, one in known.items() if i % one.every == 0]
+        with mock.patch.object(tempfile, "tempdir", base):  # what readers put there must be gone, too
+            for i, name in zip(range(count), itertools.cycle(turns), strict=False):
+                outcome = _try(known[name], Path(base), chance)
+                outcomes[outcome if outcome in ("read", "refused") else "wrong"] += 1
+                if outcome not in ("read", "refused"):
+                    wrong.append(f"{name} #{i} (seed {seed}): {outcome}")
     return outcomes, wrong
+
+
+def _try(sound: Seed, base: Path, chance: random.Random) -> str:
+    """What reading one damaged folder came to: read, refused, or what is wrong with either."""
+    folder = base / "broken"
+    folder.mkdir()
+    broken = mutate(sound.files, chance)
+    for file, data in broken.items():
+        (folder / file).write_bytes(data)
+    outcome = _outcome(sound.read, folder)
+    if {path.name for path in folder.iterdir()} != set(broken):
+        outcome = "wrote into the folder that it read"
+    allowed = {"broken", OUT} if outcome == "read" else {"broken"}
+    if strangers := {path.name for path in base.iterdir()} - allowed:
+        outcome = f"left {sorted(strangers)} behind ({outcome})"
+    for path in base.iterdir():
+        shutil.rmtree(path)
+    return outcome
 
 
 def _outcome(read: Callable[[Path], None], folder: Path) -> str:
@@ -236,6 +177,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="")
     given = parser.parse_args()
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # it says at length what it misses in a damaged folder
+    transformers.logging.disable_progress_bar()
     outcomes, wrong = run(given.count, given.seed, given.only)
     for line in wrong[:40]:
         print(line)

@@ -25,9 +25,9 @@ class LlamaCpp:
         params.cache_prompt, params.cache_ram_mib, params.fit_params, params.n_ctx_checkpoints = False, 0, False, 0
         self.server = xllamacpp.Server(params)
 
-    def _complete(self, ids: list[int], **options: Any) -> Any:
+    def _answer(self, prompt: list[int] | str, **options: Any) -> Any:
         request = {
-            "prompt": ids,
+            "prompt": prompt,
             "cache_prompt": False,
             "ignore_eos": True,
             "stream": False,
@@ -37,11 +37,18 @@ class LlamaCpp:
         answer = answer[0] if isinstance(answer, list | tuple) else answer
         answer = json.loads(answer) if isinstance(answer, str | bytes) else answer
         assert "choices" in answer, answer
-        return answer["choices"][0]["logprobs"]["content"]
+        return answer
 
-    def greedy(self, ids: list[int], count: int) -> list[int]:
+    def _complete(self, prompt: list[int] | str, **options: Any) -> Any:
+        return self._answer(prompt, **options)["choices"][0]["logprobs"]["content"]
+
+    def count(self, text: str) -> int:
+        """How many tokens a text has."""
+        return int(self._answer(text, n_predict=1, temperature=0.0)["usage"]["prompt_tokens"])
+
+    def greedy(self, prompt: list[int] | str, count: int) -> list[int]:
         """The ids of a greedy continuation."""
-        return [token["id"] for token in self._complete(ids, n_predict=count, temperature=0.0, logprobs=1)]
+        return [token["id"] for token in self._complete(prompt, n_predict=count, temperature=0.0, logprobs=1)]
 
     def logprobs(self, ids: list[int], vocabulary: int) -> np.ndarray:
         """The logarithms of the next token's probabilities, float32 [vocabulary]."""

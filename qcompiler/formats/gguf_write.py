@@ -1,13 +1,13 @@
-"""GGUF, written: a program's tensors in the place of those of the file it came from.
+"""GGUF, written: a program's tensors in the place of those of the file it came from, or of the file it would be.
 
-Tokenizer, metadata and the names of tensors are the source's; the rows of queries and keys go back to the order in
-which llama.cpp wants them; codes are moved, never computed.
+Tokenizer, metadata and the names of tensors are the source's, or made from a transformers folder (gguf_model.py); the
+rows of queries and keys go back to the order in which llama.cpp wants them; codes are moved, never computed.
 """
 
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from qcompiler.errors import InputError, No, require
 from qcompiler.formats import gguf_types
 from qcompiler.formats.checkpoint import Format
 from qcompiler.formats.gguf import GgufFile
+from qcompiler.formats.gguf_model import outline
 from qcompiler.formats.gguf_names import processor_of, row_order
 from qcompiler.formats.joined import members
 from qcompiler.ops import qc
@@ -38,17 +39,17 @@ FOREIGN: dict[Any, str] = {
 
 
 def write(program: Program, path: str | os.PathLike[str], *, floats: str = "F32") -> dict[str, str]:
-    """Write a program that came from a GGUF file as another one, and return the type of each tensor by its name.
+    """Write a program that came from a GGUF file or a transformers folder, and return the type of each tensor by name.
 
     `floats` is the type of matrices that are not quantized, F32 or F16. The file stands at `path` complete or not at
-    all. Raises InputError for a program that did not come from a GGUF file, or that such a file cannot hold; its text
-    names the tensor and says why.
+    all. Raises InputError for a program that came from elsewhere, or that such a file cannot hold; its text names the
+    tensor and says why.
     """
     if floats not in FLOATS:
         raise InputError(f'floats="{floats}" is none of {", ".join(FLOATS)}')
-    file = _source(program)
-    _check_graph(program)
-    plan = list(_plan(program, file, floats))
+    file, names = _source(program)
+    _check_graph(program, names)
+    plan = list(_plan(program, file, names, floats))
     gguf = require("gguf", "gguf")
     with atomic.replacing_file(Path(path)) as fresh:
         writer = gguf.GGUFWriter(None, file.architecture)
@@ -69,7 +70,7 @@ def write(program: Program, path: str | os.PathLike[str], *, floats: str = "F32"
 def compare(program: Program, path: str | os.PathLike[str]) -> None:
     """Read a file that `write` wrote with the decoder of the package gguf; InputError for a value that differs."""
     written = GgufFile.read(Path(path))
-    for item in _plan(program, _source(program), "F32"):
+    for item in _plan(program, *_source(program), "F32"):
         values = item.value.dequantize() if isinstance(item.value, QTensor) else item.value
         values = values.float() if item.order is None else values[item.order].float()
         found = torch.from_numpy(np.array(written.floats(item.name)))
@@ -110,27 +111,24 @@ class Item:
         return answer[1].contiguous().view(-1).numpy()
 
 
-def _source(program: Program) -> GgufFile:
-    """The file the program came from."""
+def _source(program: Program) -> tuple[GgufFile, dict[str, str]]:
+    """The file the program came from, or the outline of one; and the program's names of its tensors."""
     if "gguf" not in program.info:
-        raise InputError(
-            "only a program captured from a GGUF file can be written as one: metadata and tokenizer are that file's; "
-            "capture the model's F16 or F32 GGUF file"
-        )
+        return outline(program)
     path = Path(program.info["gguf"]["file"])
     if not path.is_file():
         raise InputError(f'"{path}", from which metadata and tokenizer would be taken, is gone; put it back')
-    return GgufFile.read(path)
+    return GgufFile.read(path), program.info["gguf"]["names"]
 
 
-def _check_graph(program: Program) -> None:
+def _check_graph(program: Program, names: Mapping[str, str]) -> None:
     """Refuse what llama.cpp's graph of this architecture does not compute, and weights it has no name for."""
     for node in program.calls(*FOREIGN):
         raise InputError(
             f'node "{node.name}" is {FOREIGN[node.target]}, which llama.cpp\'s graph has no place for; '
             "use a recipe that quantizes weights only"
         )
-    named = set(program.info["gguf"]["names"].values())
+    named = set(names.values())
     aten = torch.ops.aten
     for node in program.calls(aten.linear.default, aten.embedding.default, qc.linear, qc.embedding):
         for name in _tensors_of(node):
@@ -145,10 +143,9 @@ def _tensors_of(node: Any) -> list[str]:
     return [name for n in sources if not (name := str(n.target).partition("::")[0]).endswith("bias")]
 
 
-def _plan(program: Program, file: GgufFile, floats: str) -> Iterator[Item]:
+def _plan(program: Program, file: GgufFile, names: Mapping[str, str], floats: str) -> Iterator[Item]:
     """What to write for each tensor of the source, in its order."""
     found, processor = dict(members(program)), processor_of(file)
-    names: dict[str, str] = program.info["gguf"]["names"]
     for name, stored in file.tensors.items():
         if name not in names:  # rope_freqs and the like, which no pass touches
             yield Item(name, "F32", torch.from_numpy(np.array(file.floats(name))), None)
@@ -213,7 +210,8 @@ FORMATS = (
         "gguf",
         _detect,
         holds=_holds,
-        conditions="blocks of 32 or 256 along rows (Q4_0 to Q8_0, Q2_K to Q6_K, IQ4); models that came from a GGUF",
+        conditions="blocks of 32 or 256 along rows (Q4_0 to Q8_0, Q2_K to Q6_K, IQ4); models that came from a "
+        "GGUF file, and llama, mistral, qwen2 and qwen3 folders with a byte-level BPE tokenizer",
         write_program=write,
         compare=compare,
     ),

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.errors import CaptureError, InputError, No, require
+from qcompiler.formats.onnx_blocks import CONTRIB, in_floats
+from qcompiler.formats.onnx_model import DTYPES, Source, filled, read, stored_name
 from qcompiler.frontends import onnx_opset
 from qcompiler.frontends import onnx_sizes as sizes
 from qcompiler.frontends.onnx_graph import Builder, Call
-from qcompiler.frontends.onnx_model import DTYPES, Source, filled, read, stored_name
-from qcompiler.frontends.onnx_rules import RULES
+from qcompiler.frontends.onnx_rules import CONTRIB_RULES, RULES
 from qcompiler.frontends.verification import compare
 from qcompiler.ops import qc
 from qcompiler.program import Input, Program, Type
@@ -73,13 +74,13 @@ def capture(source: Any, example_inputs: Any = None) -> Program:
     opaque = {i: reason for i, reason in opaque.items() if i in builder.alive()}
     if opaque and not cases:
         opaque = dict.fromkeys(opaque, "no inputs were found to check it with; give example_inputs")
-    program.info = _info(model, program, opaque, types) | {"tried": watched.tried}
+    program.info = _info(model, builder, opaque, types) | {"tried": watched.tried}
     answer = _agrees(program, cases)
     if isinstance(answer, No):
         everything = dict.fromkeys(range(len(model.proto.graph.node)), f"the mapped program differs: {answer.reason}")
         builder, opaque = build(model, types, watched.inputs, [], everything)
         program = builder.finish()
-        program.info = _info(model, program, opaque, types) | {"tried": watched.tried}
+        program.info = _info(model, builder, opaque, types) | {"tried": watched.tried}
     return program
 
 
@@ -105,10 +106,12 @@ def _sample(value: Any, shape: Sequence[Any]) -> Any:
     return value[:1] if value.ndim and shape[0] == 1 else value
 
 
-def _info(model: Source, program: Program, opaque: Mapping[int, str], types: Mapping[str, Type]) -> dict[str, Any]:
+def _info(model: Source, builder: Builder, opaque: Mapping[int, str], types: Mapping[str, Type]) -> dict[str, Any]:
     """Provenance, and what `onnx_write` needs: the original without the tensors that the program holds."""
-    nodes = model.proto.graph.node
-    kept = {name: tensor for name, tensor in model.tensors.items() if stored_name(name) not in program.tensors}
+    nodes, program = model.proto.graph.node, builder.program
+    packed = [part for name, part in builder.packed.items() if name in program.tensors]
+    held = {name for part in packed for name in (part.codes, part.scale, part.zero)}
+    kept = {n: t for n, t in model.tensors.items() if stored_name(n) not in program.tensors and n not in held}
     skeleton = base64.b64encode(filled(model.proto, kept).SerializeToString()).decode()
     return {
         "source": model.name,
@@ -128,6 +131,7 @@ class Watched:
     def __init__(self, model: Source) -> None:
         onnx = require("onnx", "onnx")
         proto = model.complete()
+        in_floats(proto)
         self.outputs = [v.name for v in proto.graph.output]
         made = dict.fromkeys(name for node in proto.graph.node for name in node.output if name)
         proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in made if n not in self.outputs)
@@ -246,6 +250,8 @@ def build(
             builder.values[node.output[0]] = builder.constant(node.output[0], value)
             continue
         known = None if opaque is None else opaque.get(index)
+        if known is None and node.output[0] in builder.dequantized:
+            continue
         if known is None and (cases or opaque is not None):
             answer = _mapped(builder, node, index, checked, cases)
             if not isinstance(answer, No):
@@ -262,11 +268,12 @@ def _mapped(
     builder: Builder, node: Any, index: int, checked: Sequence[dict[fx.Node, Any]], cases: Sequence[Values]
 ) -> bool | No:
     """Try the node's rule and check what it made; a No leaves the graph as it was."""
-    if node.domain not in ("", "ai.onnx") or node.op_type not in RULES:
+    rule = {"": RULES, "ai.onnx": RULES, CONTRIB: CONTRIB_RULES}.get(node.domain, {}).get(node.op_type)
+    if rule is None:
         return No("no equivalent")
     before = set(builder.program.graph.nodes)
     try:
-        made = RULES[node.op_type](Call(builder, node))
+        made = rule(Call(builder, node))
         if not isinstance(made, No):
             made = [made] if isinstance(made, fx.Node) else list(made)
             answer = _right(builder, node, made, checked, cases)

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from qcompiler.frontends.onnx_model import SMALL
+from qcompiler.formats.onnx_model import SMALL
 
 if TYPE_CHECKING:
     from qcompiler.frontends.onnx_graph import Builder, Call

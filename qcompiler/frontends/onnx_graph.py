@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from qcompiler.errors import require
+from qcompiler.errors import No, require
+from qcompiler.formats.onnx_blocks import Packed, packed_of
+from qcompiler.formats.onnx_model import DTYPES, SMALL, Source, captured, proto_values, stored_name
 from qcompiler.frontends.onnx_arithmetic import SIZES, Sizes
-from qcompiler.frontends.onnx_model import DTYPES, SMALL, Source, captured, stored_name
 from qcompiler.ops import qc
 from qcompiler.program import Input, Program, Type
 
@@ -29,18 +30,20 @@ class Builder:
         self.proto, self.types = source.proto, dict(types)
         graph = self.proto.graph
         self.opset = next((o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx")), 1)
-        self.stored = source.tensors
+        self.stored = dict(source.tensors)
         self.protos = {t.name: t for t in graph.initializer}
         self.types |= {n: Type(tuple(t.shape), t.dtype) for n, t in self.stored.items()}
         self.producers = {name: node for node in graph.node for name in node.output if name}
         self.small = {n: t.numpy() for n, t in self.stored.items() if t.nbytes <= SMALL}
         self.constants = {n.output[0]: a for n in graph.node if (a := _constant(n)) is not None}
         self.small |= {n: a for n, a in self.constants.items() if a.nbytes <= SMALL}
-        self.turned = _turned(graph, self.stored)
+        self.packed: dict[str, Packed] = {}  # by the program's name of the matrix: MatMulNBits and the like
+        self.dequantized: dict[str, Packed] = {}  # by the value that DequantizeLinear gives
+        self.program = Program(fx.Graph(), {}, (), ())
+        self.turned = self._dequantize(graph)
         self.values: dict[str, fx.Node] = {}
         self.same: dict[Any, fx.Node] = {}  # small constants by what they hold
         self.origin: dict[fx.Node, int] = {}
-        self.program = Program(fx.Graph(), {}, (), ())
         self.place = ""
 
     # -- values ----------------------------------------------------------------------------------------------
@@ -82,6 +85,50 @@ class Builder:
         node = self.program.graph.call_function(target, args, kwargs)
         node.meta = {"type": None, "path": self.place}
         return node
+
+    # -- quantized matrices ----------------------------------------------------------------------------------
+
+    def initializer(self, name: str) -> Tensor:
+        """The value of an initializer, one of a type that torch has not as int8 or uint8."""
+        if name in self.stored:
+            return self.stored[name]
+        return proto_values(self.protos[name])
+
+    def matrix(self, found: Packed) -> fx.Node:
+        """A get_attr node of a matrix that its one reader keeps packed; the program knows its codes."""
+        parts = [self.initializer(name) for name in (found.codes, found.scale, found.zero) if name]
+        owner, mark, _ = found.codes.partition("::")  # as the backend onnxruntime names them
+        name = owner if mark and owner not in self.packed and owner not in self.stored else f"{found.codes}.matrix"
+        name = stored_name(name)
+        self.packed[name] = found
+        if any(part.is_meta for part in parts):
+            return self.tensor(name, torch.empty(found.shape, dtype=parts[1].dtype, device="meta"))
+        record = found.record(self.initializer)
+        self.program.codes[name] = record
+        return self.tensor(name, record.dequantize())
+
+    def _dequantize(self, graph: Any) -> set[str]:
+        """Make stored matrices of the constants that DequantizeLinear decodes, and say which matrices are turned."""
+        found = {}
+        for node in graph.node:
+            if node.op_type == "DequantizeLinear" and not isinstance(packed := packed_of(node, self.protos), No):
+                found[node.output[0]] = packed
+        shapes = {n: p.shape[::-1] if p.turned else p.shape for n, p in found.items()}
+        turned = _turned(graph, self.stored | {n: torch.empty(shape, device="meta") for n, shape in shapes.items()})
+        for name, packed in found.items():
+            if packed.turned != (name in turned):
+                turned.discard(name)
+                continue
+            self.dequantized[name] = packed
+            parts = [self.initializer(part) for part in (packed.codes, packed.scale, packed.zero) if part]
+            if any(part.is_meta for part in parts):
+                self.stored[name] = torch.empty(shapes[name], dtype=parts[1].dtype, device="meta")
+                continue
+            record = packed.record(self.initializer)
+            self.program.codes[stored_name(name)] = record
+            values = record.dequantize()
+            self.stored[name] = values.t() if packed.turned else values
+        return turned
 
     def finish(self) -> Program:
         """The program, with the graph's outputs."""
@@ -279,6 +326,11 @@ class Call:
         """The number of output channels of weight `i` of a Gemm."""
         rows, columns = self.builder.stored[self.name(i)].shape
         return rows if self.attribute("transB", 0) else columns
+
+    def matrix(self) -> "fx.Node | No":
+        """The quantized matrix that this node reads."""
+        found = packed_of(self.proto, self.builder.protos)
+        return found if isinstance(found, No) else self.builder.matrix(found)
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of a PyTorch operator."""

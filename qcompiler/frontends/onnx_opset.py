@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.errors import InputError, require
-from qcompiler.frontends.onnx_model import Source, read
+from qcompiler.formats.onnx_model import Source, read
 
 NEWEST = 17  # what they are converted to
 

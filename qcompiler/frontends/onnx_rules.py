@@ -325,3 +325,22 @@ RULES: dict[str, Callable[[Call], Made]] = {
     "Dropout": _dropout,
     "Identity": _identity,
 }
+
+
+def _matmul_nbits(call: Call) -> Made:
+    weight = call.matrix()
+    if isinstance(weight, No):
+        return weight
+    return call.emit(aten.linear.default, call.value(0), weight, *([call.value(5)] if call.has(5) else []))
+
+
+def _gather_quantized(call: Call) -> Made:
+    weight = call.matrix()
+    return weight if isinstance(weight, No) else call.emit(aten.embedding.default, weight, call.value(1))
+
+
+# ONNX Runtime's own operators, of the domain com.microsoft.
+CONTRIB_RULES: dict[str, Callable[[Call], Made]] = {
+    "MatMulNBits": _matmul_nbits,
+    "GatherBlockQuantized": _gather_quantized,
+}

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from qcompiler.errors import No
+from qcompiler.formats.onnx_model import DTYPES
 from qcompiler.frontends.onnx_graph import Call
-from qcompiler.frontends.onnx_model import DTYPES
 
 aten = torch.ops.aten
 Made = fx.Node | Sequence[fx.Node] | No

@@ -1,8 +1,9 @@
 """Writing a captured ONNX model back: nodes and names verbatim, tensors as the program has them now.
 
 The original graph is built again from what `info["onnx"]` keeps; where the program still has the same calls, the
-original nodes are written. A linear layer whose weight was quantized becomes `MatMulNBits`; any other change is
-refused, since no one asked for another graph.
+original nodes are written. A linear layer whose weight was quantized becomes `MatMulNBits`; a matrix that was quantized
+in the original stays as it was, or becomes floats where a pass changed it. Any other change is refused, since no one
+asked for another graph.
 """
 
 import base64
@@ -17,14 +18,16 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler.errors import BackendError, InputError, No, require
+from qcompiler.formats.onnx_model import DTYPES, Source, fill, stored_name
 from qcompiler.frontends.onnx import build
 from qcompiler.frontends.onnx_graph import Builder
-from qcompiler.frontends.onnx_model import DTYPES, Source, fill, stored_name
+from qcompiler.frontends.onnx_packed import restore, tidy, unread
 from qcompiler.ops import qc
 from qcompiler.program import Program, Type
 from qcompiler.scheme import QTensor, pack_bits
 
 aten = torch.ops.aten
+QUANTIZED = ((aten.linear.default, qc.linear), (aten.embedding.default, qc.embedding))
 _INLINE = 1 << 30  # bytes; protobuf ends at 2 GB, larger models get an external data file
 
 
@@ -63,8 +66,14 @@ def export(program: Program) -> Any:
         if name in program.tensors:
             value = program.tensors[name]
             _refill(tensor, value.t() if tensor.name in builder.turned else value)
-    for index, node in sorted(quantized.items(), reverse=True):
-        _to_matmul_nbits(proto, index, str(node.args[1][0].target).partition("::")[0], program)  # type: ignore[index,union-attr]
+    outputs = {index: proto.graph.node[index].output[0] for index in quantized}
+    idle = unread(proto)
+    kept_codes = restore(proto, builder, program)
+    for index, node in quantized.items():
+        name = str(node.args[1][0].target).partition("::")[0]  # type: ignore[index,union-attr]
+        if name not in kept_codes:
+            _to_matmul_nbits(proto, next(n for n in proto.graph.node if outputs[index] in n.output), name, program)
+    tidy(proto, idle)
     return proto
 
 
@@ -96,12 +105,14 @@ def _matched(program: Program, builder: Builder) -> dict[int, fx.Node]:
     if len(now) != len(then):
         raise _changed(f"it has {len(now)} calls, not {len(then)}")
     for old, new in zip(then, now, strict=True):
-        old_args = fx.node.map_aggregate((old.args, old.kwargs), lambda a: _key(a, same))
-        new_args = fx.node.map_aggregate((new.args, new.kwargs), lambda a: _key(a, {}))
-        if old.target is aten.linear.default and new.target is qc.linear and old in builder.origin:
-            before: Any = old_args[0]
-            after: Any = new_args[0]
-            if (before[0], *before[2:]) != (after[0], *after[2:]) or after[1][0] != f"{before[1]}::codes":
+        old_args: Any = fx.node.map_aggregate((old.args, old.kwargs), lambda a: _key(a, same))
+        new_args: Any = fx.node.map_aggregate((new.args, new.kwargs), lambda a: _key(a, {}))
+        if (old.target, new.target) in QUANTIZED and old in builder.origin:
+            before, after = list(old_args[0]), list(new_args[0])
+            if new.target is qc.embedding:
+                before[:2] = before[1::-1]
+            weight, parts = before.pop(1), after.pop(1)
+            if before != after or parts[0] != f"{weight}::codes":
                 raise _changed(f'"{new.name}" reads something else')
             found[builder.origin[old]] = new
         elif old.target != new.target or old_args != new_args:
@@ -135,10 +146,11 @@ def _refill(tensor: Any, value: Tensor) -> None:
     fill(tensor, value)
 
 
-def _to_matmul_nbits(proto: Any, index: int, name: str, program: Program) -> None:
+def _to_matmul_nbits(proto: Any, node: Any, name: str, program: Program) -> None:
     """Put MatMulNBits in the place of a MatMul or Gemm over the quantized weight `name`."""
     onnx, graph = require("onnx", "onnx"), proto.graph
-    node = graph.node[index]
+    if node.op_type in ("Gather", "GatherBlockQuantized"):
+        raise BackendError(f'"{name}" is a table of rows, which is written as it was or in floats; leave it out')
     weight = node.input[1]
     answer = packed(program.qtensor(name))
     if isinstance(answer, No):
@@ -149,7 +161,8 @@ def _to_matmul_nbits(proto: Any, index: int, name: str, program: Program) -> Non
     for part, value in parts.items():
         if names[part] not in present:
             graph.initializer.append(onnx.numpy_helper.from_array(value, names[part]))
-    bias = node.input[2] if len(node.input) > 2 else ""
+    place = 5 if node.op_type == "MatMulNBits" else 2
+    bias = node.input[place] if len(node.input) > place else ""
     inputs = [node.input[0], names["codes"], names["scales"], names.get("zero_points", ""), "", bias]
     while not inputs[-1]:
         inputs.pop()
@@ -158,11 +171,6 @@ def _to_matmul_nbits(proto: Any, index: int, name: str, program: Program) -> Non
     )
     made.doc_string = node.doc_string
     node.CopyFrom(made)
-    if not any(weight in other.input for other in graph.node):
-        for i, tensor in enumerate(graph.initializer):
-            if tensor.name == weight:
-                del graph.initializer[i]
-                break
     if all(o.domain != "com.microsoft" for o in proto.opset_import):
         proto.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
 

@@ -100,7 +100,11 @@ def check_names(graph: Any, outer: set[str]) -> None:
     """Every value must be produced before it is used, once; raises an error that names the first that is not."""
     known = {v.name for v in graph.input} | {t.name for t in graph.initializer}
     known |= {t.values.name for t in graph.sparse_initializer}
+    if not all(isinstance(name, str) for name in known):
+        raise _Broken("a name in it is not UTF-8")
     for node in graph.node:
+        if not all(isinstance(text, str) for text in (node.op_type, node.name, *node.input, *node.output)):
+            raise _Broken("a name in it is not UTF-8")
         for name in node.input:
             if name and name not in known and name not in outer:
                 what = node.name or node.op_type
@@ -207,6 +211,8 @@ def _external(tensor: Any, folder: Path | None, size: int) -> np.ndarray[Any, An
     """The external bytes of a tensor, mapped; never from outside the model's folder."""
     where = {entry.key: entry.value for entry in tensor.external_data}
     location = where.get("location", "")
+    if not isinstance(location, str) or "\0" in location:  # what is no UTF-8 comes as bytes
+        raise _Broken(f'tensor "{tensor.name}" lies in an external file that no file can be called')
     if folder is None:
         raise _Broken(f'tensor "{tensor.name}" lies in the external file "{location}"; give the path of the model')
     base = folder.resolve()
@@ -252,6 +258,14 @@ def filled(proto: Any, tensors: dict[str, Tensor]) -> Any:
         if tensor.name in tensors and not _holds_data(tensor):
             fill(tensor, tensors[tensor.name])
     return copy
+
+
+def proto_values(tensor: Any) -> Tensor:
+    """The values of a TensorProto; codes of 4 bits and fewer as int8 or uint8."""
+    array = require("onnx", "onnx").numpy_helper.to_array(tensor)
+    if tensor.data_type not in DTYPES:
+        array = array.astype(np.int8 if tensor.data_type in (22, 26) else np.uint8)
+    return torch.from_numpy(np.array(array))
 
 
 def stored_name(name: str) -> str:
