@@ -128,7 +128,7 @@ def test_filters_have_a_scale_each() -> None:
         expected = program(**samples[0])["y"]
         recipe = f"canonicalize, rtn{{scheme={scheme} include=* convolutions=true}}"
         Runner(Context(samples=samples), samples).run(program, Recipe.parse(recipe).passes)
-        assert len(program.quantized) == 3
+        assert len(program.quantized) == 4
         return float((program(**samples[0])["y"] - expected).norm() / expected.norm())
 
     assert error("int4:channel:sym") < 0.8 * error("int4:tensor:sym")
