@@ -40,7 +40,7 @@ def convolutions_of(program: Program) -> list[fx.Node]:
 
 
 def dense(layers: Sequence[fx.Node], ctx: Context) -> list[fx.Node]:
-    """Those convolutions that are not in groups: a filter for each channel gains nothing from integer products."""
+    """Those convolutions that are not in groups: for a filter for each channel alone it does not pay to round."""
     found = [node for node in layers if named_arguments(node)["groups"] == 1]
     for node in set(layers) - set(found):
         ctx.refuse(No("a convolution in groups gains nothing from integers", _path(node)))

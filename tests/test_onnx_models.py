@@ -103,10 +103,10 @@ def test_what_is_written_is_one_file_with_the_names_it_had(compiled_cnn: Any) ->
     assert {"depthwise", "pointwise", "head"} <= names
     assert {e.key: e.value for e in proto.metadata_props}["author"] == "nobody"
     about = json.loads({e.key: e.value for e in proto.metadata_props}["qcompiler"])
-    assert about["kernels"]["Conv over codes"] == 2  # not the one with a filter a channel
+    assert about["kernels"]["Conv over codes"] == 3  # the one with a filter a channel stands between two others
     assert about["nodes"].get("BatchNormalization") is None  # part of the convolution before it
     ours = {t.name: t for t in proto.graph.initializer}
-    assert sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4 for t in ours.values()) == 2
+    assert sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4 for t in ours.values()) == 3
 
 
 def test_onnx_runtime_computes_in_integers(compiled_cnn: Any, tmp_path: Path) -> None:
@@ -226,6 +226,13 @@ def test_older_opsets_are_raised() -> None:
     session = compile(split, "canonicalize", backend="onnxruntime")
     torch.testing.assert_close(session(x=x), runtime(split, {"x": x})[0])
     assert {o.version for o in onnx.load(session.folder / "model.onnx").opset_import if not o.domain} == {23}
+
+
+def test_a_first_input_without_axes() -> None:
+    nodes = [helper.make_node("Cast", ["k"], ["f"], to=1), helper.make_node("Mul", ["f", "x"], ["y"])]
+    proto = model(nodes, {"k": (onnx.TensorProto.INT16, []), "x": ["n", 3]}, ["y"])
+    feed = {"k": torch.tensor(7, dtype=torch.int16), "x": torch.randn(2, 3)}
+    torch.testing.assert_close(compile(proto, "canonicalize", backend="onnxruntime")(**feed), 7 * feed["x"])
 
 
 # -- encoders --------------------------------------------------------------------------------------------------
