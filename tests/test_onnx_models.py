@@ -287,11 +287,12 @@ def test_sizes_that_follow_from_the_inputs_have_their_names(tmp_path: Path) -> N
 
 # The largest relative error of the first output, root mean square.
 BOUNDS = {
-    "all-MiniLM-L6-v2": 0.2,
-    "PP-OCR direction (CNN)": 0.15,
+    "all-MiniLM-L6-v2": 0.12,
+    "PP-OCR direction (CNN)": 0.08,
     "PP-OCRv4 recognition (CNN + attention)": 0.35,
     "PP-OCRv4 detection (CNN)": 0.22,
     "Silero VAD (STFT, CNN, LSTM)": 0.35,
+    "Silero VAD (two rates in an If)": 0.25,
 }
 SLOW = ("PP-OCRv4 detection (CNN)", "PP-OCRv4 recognition (CNN + attention)", "all-MiniLM-L6-v2")
 
@@ -309,7 +310,9 @@ def test_models_of_packages(one: Model, tmp_path: Path) -> None:
     pairs = []
     for feed in compared:
         given = {name: value.numpy() for name, value in feed.items()}
-        pairs.append((run_plain(tmp_path / "out" / "model.onnx", given), run_plain(one.path(), given)))
+        tokens = given.get("attention_mask", np.array(True)) != 0  # nobody reads what padding gives
+        files = (tmp_path / "out" / "model.onnx", one.path())
+        pairs.append(tuple(np.asarray(run_plain(file, given))[tokens] for file in files))
     found, expected = (np.concatenate([np.asarray(pair[i]).ravel() for pair in pairs]) for i in (0, 1))
     assert relative(found, expected) < BOUNDS[one.name]
     assert (tmp_path / "out" / "model.onnx").stat().st_size < 0.6 * one.path().stat().st_size
