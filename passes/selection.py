@@ -42,7 +42,7 @@ def convolutions_of(program: Program) -> list[fx.Node]:
 def dense(layers: Sequence[fx.Node], ctx: Context) -> list[fx.Node]:
     """Those convolutions that are not in groups: for a filter for each channel alone it does not pay to round."""
     found = [node for node in layers if named_arguments(node)["groups"] == 1]
-    for node in set(layers) - set(found):
+    for node in [n for n in layers if n not in found]:
         ctx.refuse(No("a convolution in groups gains nothing from integers", _path(node)))
     return found
 

@@ -55,7 +55,8 @@ class SmoothQuant(Pass):
         sites = sites_read(program, layers)
         stuck = unreached(layers, sites)
         extra = products(program, stuck) if self.explicit else {}
-        for node in set(stuck) - {node for several in extra.values() for product in several for node in product.layers}:
+        taken = {node for several in extra.values() for product in several for node in product.layers}
+        for node in [n for n in stuck if n not in taken]:
             ctx.refuse(No(STUCK, weight_name(node)))
         found: dict[fx.Node, Sequence[Reading | Product]] = {**sites, **extra}
         if not self.alpha:
