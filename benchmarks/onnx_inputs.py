@@ -143,6 +143,11 @@ def voices(count: int, seed: int) -> Arrays:
     return {"input": chunks[:, None], "state": state}
 
 
+def rated(count: int, seed: int) -> Arrays:
+    """The same for a model of two sampling rates, told which; chunks are [1, 576]."""
+    return voices(count, seed) | {"sr": np.full(count, RATE)}
+
+
 def _syllable(chance: Any) -> Any:
     """A vowel after the source-filter model: pulses through two resonances; then a pause."""
     length, pitch = int(chance.integers(1600, 4800)), chance.uniform(90, 220)
@@ -179,5 +184,8 @@ MODELS = (
         "silero-vad",
         lambda: in_package("silero_vad", "data/silero_vad_openvino_16k.onnx"),
         voices,
+    ),
+    Model(
+        "Silero VAD (two rates in an If)", "silero-vad", lambda: in_package("silero_vad", "data/silero_vad.onnx"), rated
     ),
 )

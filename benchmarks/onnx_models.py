@@ -4,8 +4,9 @@
     python benchmarks/onnx_models.py [--only MiniLM] [--page]
 
 Writes results/onnx.json and docs/onnx.md. Accuracy is the relative error of the first output, root mean square over
-all samples (and how often the largest entry is the same, and the mean cosine); size is of the ONNX files; latency is
-the median of interleaved runs at batch 1 in ONNX Runtime. Calibration takes other samples than those compared.
+all samples without padding (and how often the largest entry is the same, and the mean cosine); size is of the ONNX
+files; latency is the median of interleaved runs at batch 1 in ONNX Runtime. Calibration takes other samples than
+those compared.
 """
 
 import argparse
@@ -110,10 +111,10 @@ def _dynamic(source: Path, place: Path, feeds: list[Arrays]) -> None:
     quantization.quantize_dynamic(source, place, per_channel=True, weight_type=quantization.QuantType.QInt8)
 
 
-def session(path: Path) -> ort.InferenceSession:
-    """A model in ONNX Runtime, on one thread."""
+def session(path: Path, threads: int = 1) -> ort.InferenceSession:
+    """A model in ONNX Runtime."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.log_severity_level = 4
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
@@ -122,13 +123,15 @@ def samples(arrays: Arrays, one: ort.InferenceSession) -> Iterator[Arrays]:
     """The samples as a session takes them, one at a time."""
     ranks = {spec.name: len(spec.shape) for spec in one.get_inputs()}
     for i in range(SAMPLES):
-        yield {n: arrays[n][i] if arrays[n].ndim > rank else arrays[n][i : i + 1] for n, rank in ranks.items()}
+        some = {n: arrays[n][i] if arrays[n].ndim > rank else arrays[n][i : i + 1] for n, rank in ranks.items()}
+        yield {name: np.asarray(value) for name, value in some.items()}
 
 
 def accuracy(one: ort.InferenceSession, feeds: list[Arrays], expected: list[Any]) -> dict[str, float]:
     """How far the first output is from that of the float model."""
     taken = [spec.name for spec in one.get_inputs()]
-    found = [one.run(None, {name: feed[name] for name in taken})[0].astype(np.float64) for feed in feeds]
+    found = [real(one.run(None, {n: feed[n] for n in taken})[0].astype(np.float64), feed) for feed in feeds]
+    expected = [real(value, feed) for value, feed in zip(expected, feeds, strict=True)]
     error = sum(((a - b) ** 2).sum() for a, b in zip(found, expected, strict=True))
     norms = [(np.linalg.norm(a) * np.linalg.norm(b), (a * b).sum()) for a, b in zip(found, expected, strict=True)]
     return {
@@ -138,6 +141,11 @@ def accuracy(one: ort.InferenceSession, feeds: list[Arrays], expected: list[Any]
             float(np.mean([(a.argmax(-1) == b.argmax(-1)).mean() for a, b in zip(found, expected, strict=True)])), 4
         ),
     }
+
+
+def real(output: Any, feed: Arrays) -> Any:
+    """An output [1, length, channels] without the positions of padding, which nobody reads."""
+    return output[feed["attention_mask"] != 0] if "attention_mask" in feed else output
 
 
 def latency(sessions: dict[str, Any], feeds: list[Arrays], rounds: int) -> dict[str, float]:
@@ -160,17 +168,27 @@ def size_mb(path: Path) -> float:
 
 
 def write_page(figures: dict[str, Any]) -> None:
-    """The table in docs/onnx.md, between its marks."""
+    """The tables in docs/onnx.md, between their marks."""
     rows = ["| model | file | relative error | same top | MB | ms |", "|---|---|---|---|---|---|"]
     for model, ways in figures.get("models", {}).items():
         for name, f in ways.items():
             cells = [f["fails"]] if "fails" in f else [f["error"], f["same_top"], f["mb"], f["ms"]]
             rows.append(f"| {model} | {name} | " + " | ".join(map(str, cells)) + " |" * (1 + 3 * ("fails" in f)))
-    about = f"\n{figures.get('date', '')}, {figures.get('machine', {}).get('cpu', '')}, one thread.\n"
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- table -->")
+    fill_in("table", rows, figures, "one thread")
+    speed = results("encoder_speed")
+    rows = ["| sentences at once | file | times the float model's sentences/s (quartiles) |", "|---|---|---|"]
+    for batch, ways in speed.get("batches", {}).items():
+        rows += [f"| {batch} | {name} | {f['median']} ({f['low']} to {f['high']}) |" for name, f in ways.items()]
+    fill_in("speed", rows, speed, f"{speed.get('threads', 2)} threads")
+
+
+def fill_in(mark: str, rows: list[str], figures: dict[str, Any], how: str) -> None:
+    """A table in docs/onnx.md, with when and where it was measured."""
+    about = f"{figures.get('date', '')}, {figures.get('machine', {}).get('cpu', '')}, {how}."
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(f"<!-- {mark} -->")
     after = rest.partition("<!-- end -->")[2]
-    table = "\n".join(rows)
-    PAGE.write_text(f"{before}<!-- table -->\n{table}\n{about}<!-- end -->{after}", encoding="utf-8")
+    table = "\n".join([*rows, "", about])
+    PAGE.write_text(f"{before}<!-- {mark} -->\n{table}\n<!-- end -->{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def lowered(program: Program, feed: Feed) -> str:
     for name, value in expected.items():
         answer = frontend.same(found[name], value)
         if isinstance(answer, No):
-            return re.sub(r"[\d.e+-]+", "N", answer.reason)
+            return f"output {name}: {answer.reason}"
     return ""
 
 
@@ -142,7 +142,8 @@ def main() -> None:
                 why = _short(f"{type(error).__name__}: {error}")
             counts[what] += not why
             if why:
-                reasons[f"not {what}"][f"{why} ({name})" if what == "verbatim" else why] += 1
+                named = what == "verbatim" or why.startswith("output ")
+                reasons[f"not {what}"][f"{why} ({name})" if named else why] += 1
     print(dict(counts))
     write("onnx_sweep", {"counts": dict(counts)} | {name: dict(c.most_common()) for name, c in reasons.items()})
 

@@ -12,7 +12,7 @@ from qcompiler.calibration import Needs, measure
 from qcompiler.errors import No, PassError
 from qcompiler.ops import qc
 from qcompiler.passes.ranges import static_grid, statistic_of
-from qcompiler.passes.selection import BODY, convolutions_of, layers_of, select, weight_name
+from qcompiler.passes.selection import BODY, convolutions_of, dense, layers_of, select, weight_name
 from qcompiler.passes.statistics import Along, Pair, TokenPeaks
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
@@ -52,7 +52,7 @@ class Activations(Pass):
 
     def run(self, program: Program, ctx: Context) -> None:
         activation_scheme(str(self.scheme))
-        images = convolutions_of(program, ctx) if self.convolutions else []
+        images = dense(convolutions_of(program), ctx) if self.convolutions else []
         chosen = select(program, self.include, self.exclude, ctx, layers_of(program) + images)
         images = [node for node in images if node in chosen]
         for node in [n for n in chosen if n.all_input_nodes[0].target is qc.fake_quantize]:

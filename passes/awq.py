@@ -53,7 +53,7 @@ class Awq(Pass):
         found = readings(program, select(program, self.include, self.exclude, ctx), ctx)
         if self.steps:
             for reading, hessian in measured(program, found, Hessian(), ctx):
-                reading.site.scale(program, 1 / self._factors(program, reading, hessian))
+                reading.scale(program, 1 / self._factors(program, reading, hessian))
 
     def _factors(self, program: Program, reading: Reading, hessian: Tensor) -> Tensor:
         """By how much to multiply the readers' columns, [blocks, channels]: the best of the grid."""

@@ -8,9 +8,10 @@ from torch import Tensor, fx
 
 from qcompiler.axis_convolutions import CONVOLUTIONS
 from qcompiler.errors import No
+from qcompiler.passes.matrices import as_matrix, read_by_opaque
 from qcompiler.passes.selection import BODY, check_coverage, convolutions_of, select
 from qcompiler.pipeline import Context, Contract, Pass
-from qcompiler.program import Program, Type
+from qcompiler.program import Program
 from qcompiler.report import LayerRecord
 from qcompiler.rounding import float8_weight
 from qcompiler.scheme import QTensor, Scheme
@@ -22,8 +23,9 @@ aten = torch.ops.aten
 class Rtn(Pass):
     """Round each weight of the selected linear layers to the nearest code of its group's minimum-maximum grid.
 
-    With `convolutions` also those of convolutions, whose filters [n, ...] are rounded as matrices [n, all the rest],
-    and with `embeddings` the tables that are looked up.
+    With `convolutions` also those of convolutions, whose filters [n, ...] are rounded as matrices [n, all the rest].
+    `embeddings` is the scheme of tables that are looked up, `opaque` that of what operators without an equivalent read
+    (recurrent layers, subgraphs of ONNX models); without one they stay float.
     With fp8 (`fp8:channel`), to the nearest float of 8 bits (e4m3), scaled by the group's largest magnitude.
     """
 
@@ -35,41 +37,31 @@ class Rtn(Pass):
     exclude: tuple[str, ...] = ()
     min_coverage: float = 1.0
     convolutions: bool = False
-    embeddings: bool = False
+    embeddings: Scheme | None = None
+    opaque: Scheme | None = None
 
     def run(self, program: Program, ctx: Context) -> None:
         layers = program.linears()
-        layers += convolutions_of(program, ctx) if self.convolutions else []
+        layers += convolutions_of(program) if self.convolutions else []
         layers = select(program, self.include, self.exclude, ctx, layers)
         for node in layers:
             if node.target in CONVOLUTIONS:
-                as_matrix(program, node)
-        names = dict.fromkeys(map(weight_of, layers))
-        names |= dict.fromkeys(tables(program) if self.embeddings else [])
+                as_matrix(program, node.all_input_nodes[1], 1)
+        schemes = dict.fromkeys(tables(program), self.embeddings) if self.embeddings else {}
+        schemes |= dict.fromkeys(read_by_opaque(program), self.opaque) if self.opaque else {}
+        schemes |= dict.fromkeys(map(weight_of, layers), self.scheme)
         done = 0
-        for name in names:
+        for name, scheme in schemes.items():
             weight = program.tensors[name]
             if weight.dim() != 2:
                 ctx.refuse(No(f"the weight has {weight.dim()} dimensions, not 2", name))
                 continue
-            rounded = float8_weight if self.scheme.code == "fp" else QTensor.quantize
-            q = rounded(weight, self.scheme)
+            rounded = float8_weight if scheme.code == "fp" else QTensor.quantize
+            q = rounded(weight, scheme)
             ctx.layer(layer_record(name, weight, q, self.name))
             program.quantize_tensor(name, q)
             done += 1
-        check_coverage(len(names), done, self.min_coverage)
-
-
-def as_matrix(program: Program, node: fx.Node) -> None:
-    """Store a convolution's filters [n, ...] as a matrix, of which the convolution reads a view."""
-    source = node.args[1]
-    assert isinstance(source, fx.Node)
-    filters = program.tensors[str(source.target)]
-    with program.graph.inserting_before(node):
-        matrix = program.store(f"{source.target}.matrix", filters.flatten(1), like=node)
-        kind = Type(tuple(filters.shape), filters.dtype)
-        view = program.call(aten.reshape.default, (matrix, list(filters.shape)), like=node, type=kind)
-    node.update_arg(1, view)
+        check_coverage(len(schemes), done, self.min_coverage)
 
 
 def weight_of(node: fx.Node) -> str:

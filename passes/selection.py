@@ -15,7 +15,12 @@ from qcompiler.program import Program
 from qcompiler.rewrite import named_arguments
 
 BODY, HEAD, NORMED = "@body", "@head", "@normed"
-_ABSENT = {BODY: "is there at all", HEAD: "follows the repeated blocks", NORMED: "reads the output of a norm"}
+_ABSENT = {
+    "*": "is there at all",
+    BODY: "is there at all",
+    HEAD: "follows the repeated blocks",
+    NORMED: "reads the output of a norm",
+}
 NORMS = (torch.ops.aten.rms_norm.default, torch.ops.aten.layer_norm.default)
 
 
@@ -24,21 +29,21 @@ def layers_of(program: Program) -> list[fx.Node]:
     return [n for n in program.calls(torch.ops.aten.linear.default, qc.linear) if weight_name(n)]
 
 
-def convolutions_of(program: Program, ctx: Context) -> list[fx.Node]:
-    """All convolutions over float filters that are stored, but those in groups, which stay float.
-
-    A filter for each channel has few weights and multiplies next to nothing: decoding it at each run costs more than
-    an integer kernel gains.
-    """
+def convolutions_of(program: Program) -> list[fx.Node]:
+    """All convolutions over float filters that are stored, but transposed ones."""
     found = []
     for node in program.calls(*CONVOLUTIONS):
         given = named_arguments(node)
-        if program.tensor_of(given["weight"]) is None or given.get("transposed"):
-            continue
-        if given["groups"] == 1:
+        if program.tensor_of(given["weight"]) is not None and not given.get("transposed"):
             found.append(node)
-        else:
-            ctx.refuse(No(f"a convolution in {given['groups']} groups gains nothing from integers", _path(node)))
+    return found
+
+
+def dense(layers: Sequence[fx.Node], ctx: Context) -> list[fx.Node]:
+    """Those convolutions that are not in groups: for a filter for each channel alone it does not pay to round."""
+    found = [node for node in layers if named_arguments(node)["groups"] == 1]
+    for node in [n for n in layers if n not in found]:
+        ctx.refuse(No("a convolution in groups gains nothing from integers", _path(node)))
     return found
 
 

@@ -90,6 +90,15 @@ def test_round_trip(program: Program, saved: Path) -> None:
     assert names(saved) == ["graph.json", "manifest.json", "model.safetensors", "report.html", "report.json"]
 
 
+def test_an_element_that_was_expanded_is_saved(tmp_path: Path) -> None:
+    """One element is contiguous whatever its strides say, and those of an expanded one are 0."""
+    scale = torch.tensor(3.0).expand(1, 1)
+    files = safetensors.write(tmp_path, {"scale": scale, "rows": torch.tensor([1.0, 2.0])[:, None].expand(2, 3)})
+    found = safetensors.read([tmp_path / name for name in files])
+    assert found["scale"].tolist() == [[3.0]]
+    assert found["rows"].tolist() == [[1.0] * 3, [2.0] * 3]
+
+
 def test_round_trip_of_an_exported_module(tmp_path: Path) -> None:
     """A capture with arithmetic on sizes, and arguments of other kinds than numbers."""
 

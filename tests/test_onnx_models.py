@@ -103,10 +103,10 @@ def test_what_is_written_is_one_file_with_the_names_it_had(compiled_cnn: Any) ->
     assert {"depthwise", "pointwise", "head"} <= names
     assert {e.key: e.value for e in proto.metadata_props}["author"] == "nobody"
     about = json.loads({e.key: e.value for e in proto.metadata_props}["qcompiler"])
-    assert about["kernels"]["Conv over codes"] == 2  # not the one with a filter a channel
+    assert about["kernels"]["Conv over codes"] == 3  # the one with a filter a channel stands between two others
     assert about["nodes"].get("BatchNormalization") is None  # part of the convolution before it
     ours = {t.name: t for t in proto.graph.initializer}
-    assert sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4 for t in ours.values()) == 2
+    assert sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4 for t in ours.values()) == 3
 
 
 def test_onnx_runtime_computes_in_integers(compiled_cnn: Any, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_filters_have_a_scale_each() -> None:
         expected = program(**samples[0])["y"]
         recipe = f"canonicalize, rtn{{scheme={scheme} include=* convolutions=true}}"
         Runner(Context(samples=samples), samples).run(program, Recipe.parse(recipe).passes)
-        assert len(program.quantized) == 3
+        assert len(program.quantized) == 4
         return float((program(**samples[0])["y"] - expected).norm() / expected.norm())
 
     assert error("int4:channel:sym") < 0.8 * error("int4:tensor:sym")
@@ -228,6 +228,13 @@ def test_older_opsets_are_raised() -> None:
     assert {o.version for o in onnx.load(session.folder / "model.onnx").opset_import if not o.domain} == {23}
 
 
+def test_a_first_input_without_axes() -> None:
+    nodes = [helper.make_node("Cast", ["k"], ["f"], to=1), helper.make_node("Mul", ["f", "x"], ["y"])]
+    proto = model(nodes, {"k": (onnx.TensorProto.INT16, []), "x": ["n", 3]}, ["y"])
+    feed = {"k": torch.tensor(7, dtype=torch.int16), "x": torch.randn(2, 3)}
+    torch.testing.assert_close(compile(proto, "canonicalize", backend="onnxruntime")(**feed), 7 * feed["x"])
+
+
 # -- encoders --------------------------------------------------------------------------------------------------
 
 
@@ -280,11 +287,12 @@ def test_sizes_that_follow_from_the_inputs_have_their_names(tmp_path: Path) -> N
 
 # The largest relative error of the first output, root mean square.
 BOUNDS = {
-    "all-MiniLM-L6-v2": 0.2,
-    "PP-OCR direction (CNN)": 0.15,
+    "all-MiniLM-L6-v2": 0.12,
+    "PP-OCR direction (CNN)": 0.08,
     "PP-OCRv4 recognition (CNN + attention)": 0.35,
     "PP-OCRv4 detection (CNN)": 0.22,
     "Silero VAD (STFT, CNN, LSTM)": 0.35,
+    "Silero VAD (two rates in an If)": 0.25,
 }
 SLOW = ("PP-OCRv4 detection (CNN)", "PP-OCRv4 recognition (CNN + attention)", "all-MiniLM-L6-v2")
 
@@ -302,7 +310,9 @@ def test_models_of_packages(one: Model, tmp_path: Path) -> None:
     pairs = []
     for feed in compared:
         given = {name: value.numpy() for name, value in feed.items()}
-        pairs.append((run_plain(tmp_path / "out" / "model.onnx", given), run_plain(one.path(), given)))
+        tokens = given.get("attention_mask", np.array(True)) != 0  # nobody reads what padding gives
+        files = (tmp_path / "out" / "model.onnx", one.path())
+        pairs.append(tuple(np.asarray(run_plain(file, given))[tokens] for file in files))
     found, expected = (np.concatenate([np.asarray(pair[i]).ravel() for pair in pairs]) for i in (0, 1))
     assert relative(found, expected) < BOUNDS[one.name]
     assert (tmp_path / "out" / "model.onnx").stat().st_size < 0.6 * one.path().stat().st_size

@@ -93,7 +93,7 @@ def operators(details: dict[str, Any]) -> dict[str, int]:
 def test_an_encoder_with_padding() -> None:
     program = tiny_encoder()
     details = check(program)
-    assert operators(details)["SkipLayerNormalization"] == 2
+    assert operators(details)["Sum"] == 2  # Add would become SkipLayerNormalization, which is slow
     mask = torch.ones_like(IDS)
     mask[0, 5:] = 0
     inputs = {"input_ids": IDS, "attention_mask": mask}

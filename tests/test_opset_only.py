@@ -46,7 +46,8 @@ WEIGHTS = [
     "rtn{scheme=int3:g16:sym include=*}",
     "rtn{scheme=int8:g16:asym include=*}",
     "rtn{scheme=int2:g16:asym include=*}",
-    "activations{scheme=int8:tensor:asym include=*}, rtn{scheme=int8:channel:sym include=* embeddings=true}, integers",
+    "activations{scheme=int8:tensor:asym include=*}, rtn{scheme=int8:channel embeddings=int8:channel}, integers",
+    "activations{scheme=int8:tensor:asym include=*}, rtn{scheme=int8:channel embeddings=int8:tensor:asym}, integers",
     "activations{scheme=int8:token:asym:dynamic include=*}, rtn{scheme=int8:channel:sym include=*}, integers",
 ]
 

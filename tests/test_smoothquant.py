@@ -16,6 +16,7 @@ from qcompiler.passes.rtn import Rtn
 from qcompiler.passes.smoothquant import SmoothQuant
 from qcompiler.passes.statistics import AbsMax
 from qcompiler.pipeline import Context, Runner
+from qcompiler.program import Program
 from qcompiler.scheme import Scheme
 from tests.programs import located, tiny_llama
 from tests.test_awq import loud
@@ -64,6 +65,57 @@ def test_it_is_exact_by_itself_and_says_where_it_cannot_reach() -> None:
     assert record.changed
     assert record.output_change < 1e-4
     assert any("no factor can pass to what makes its channels" in text for text in record.refusals)
+
+
+def gelu_between() -> tuple[Program, dict[str, Tensor]]:
+    """Two linear layers, an activation function between them, and one hidden channel that is loud."""
+
+    def function(up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, up)), down)
+
+    up, down = random(24, 16, seed=1), random(12, 24, seed=2)
+    up[5] *= 60
+    down[:, 5] /= 60
+    inputs = {"x": random(2, 40, 16)}
+    return canonical(function, inputs, up=up, down=down)[0], inputs
+
+
+def test_a_value_that_nothing_scales_is_multiplied_at_run_time() -> None:
+    program, inputs = gelu_between()
+    expected, errors = program(**inputs)["out"], []
+    for explicit in (0.0, 4.0):
+        copy = program.copy()
+        runner = Runner(Context(samples=[inputs]), [inputs])
+        runner.run(copy, [SmoothQuant(explicit=explicit)])
+        assert len(list(copy.calls(torch.ops.aten.mul.Tensor))) == bool(explicit)
+        torch.testing.assert_close(copy(**inputs)["out"], expected, rtol=1e-4, atol=1e-4)
+        runner.run(copy, ROUNDED)
+        errors.append(float((copy(**inputs)["out"] - expected).norm() / expected.norm()))
+    assert errors[1] < 0.3 * errors[0], errors
+
+
+def test_quiet_channels_are_not_multiplied() -> None:
+    program, inputs = gelu_between()
+    runner = Runner(Context(samples=[inputs]), [inputs])
+    runner.run(program, [SmoothQuant(explicit=1000.0)])
+    assert not list(program.calls(torch.ops.aten.mul.Tensor))
+    assert any("none is loud enough to multiply at run time" in text for text in runner.records[0].refusals)
+
+
+def test_a_weight_that_is_read_twice_is_not_scaled() -> None:
+    """The layers multiply by one matrix; factors for what one of them reads would change the other."""
+
+    def function(w: Tensor, x: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, w)), w)
+
+    w = random(16, 16)
+    w[3] *= 60
+    inputs = {"x": random(2, 40, 16)}
+    program, _ = canonical(function, inputs, w=w)
+    runner = Runner(Context(samples=[inputs]), [inputs])
+    runner.run(program, [SmoothQuant(explicit=1.5)])
+    assert not runner.records[0].changed
+    assert any("no factor can pass to what makes its channels" in text for text in runner.records[0].refusals)
 
 
 def test_channels_that_are_always_zero_stay() -> None:

@@ -34,7 +34,7 @@ def convolution(
         raise Unsupported("a transposed convolution")
     stored = filters(low)
     if not isinstance(stored, No):
-        weight = decoded(low, *stored)
+        weight = decoded(low, weight, *stored)
     axes = rank(x) - 2
     pads = spread(padding, axes)
     how = {"strides": spread(stride, axes), "pads": [*pads, *pads], "dilations": spread(dilation, axes)}
@@ -55,17 +55,19 @@ def filters(low: Lowering) -> tuple[str, QTensor, tuple[int, ...]] | No:
     return name, weight, tuple(view.meta["type"].shape)
 
 
-def decoded(low: Lowering, name: str, weight: QTensor, shape: tuple[int, ...]) -> ir.Value:
-    """Filters as DequantizeLinear of codes, or as floats where that cannot say what they are."""
+def decoded(low: Lowering, floats: ir.Value, name: str, weight: QTensor, shape: tuple[int, ...]) -> ir.Value:
+    """Filters as DequantizeLinear of codes for an integer kernel, or the floats where there is none."""
     answer = signed(weight)
     if isinstance(answer, No):
         low.refusals.append(No(f"integer convolutions take {answer.reason}", name))
-        make = lambda: weight.dequantize().view(shape)  # noqa: E731
-        return low.graph.store(f"{name}::float", Stored(shape, weight.dtype, make, f"{name}::float"))
+        return floats
+    if not reads_codes(low):
+        low.kernels[low.label] = "Conv over decoded weights"
+        return floats
     scales = row_scales(weight)
     codes = Stored(shape, torch.int8, lambda: int8_codes(weight).view(shape), f"{name}::signed")
     rows = Stored((weight.rows,), torch.float32, lambda: scales, f"{name}::rows")
-    low.kernels[low.label] = "Conv over codes" if reads_codes(low) else "Conv over decoded weights"
+    low.kernels[low.label] = "Conv over codes"
     parts = low.graph.store(f"{name}::signed", codes), low.graph.store(f"{name}::row scales", rows)
     return low.op("DequantizeLinear", *parts, axis=0)
 

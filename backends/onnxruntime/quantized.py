@@ -10,7 +10,7 @@ from qcompiler.backends.onnxruntime import standard, weights
 from qcompiler.backends.onnxruntime.activations import integer_product, rounded
 from qcompiler.backends.onnxruntime.graph import Stored, typed
 from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, schema_arguments
-from qcompiler.backends.onnxruntime.weights import Blockwise
+from qcompiler.backends.onnxruntime.weights import Blockwise, signed
 from qcompiler.errors import No
 from qcompiler.program import Type
 from qcompiler.rounding import activation_scheme
@@ -135,6 +135,8 @@ def embedding(low: Lowering, out: Type, ids: ir.Value, parts: Any, spec: str) ->
     kernel = choose(low, "qc.embedding", name, weight)
     if kernel is weights.FLOAT_GATHER:
         return low.op("Gather", whole(low, name, weight), ids, axis=0)
+    if kernel is weights.GATHER_CODES:
+        return standard.codes_looked_up(low, name, weight, ids)
     cut = Blockwise.of(name, weight)
     if low.options.opset_only and kernel is weights.GATHER:
         low.kernels[low.label] = "Gather and DequantizeLinear"
@@ -162,8 +164,10 @@ def embedding(low: Lowering, out: Type, ids: ir.Value, parts: Any, spec: str) ->
 
 
 def dequantize(low: Lowering, out: Type, parts: Any, spec: str) -> ir.Value:
-    """The whole float tensor, written as such."""
-    return whole(low, *weight_of(low))
+    """The whole float tensor: decoded when the model is loaded, or written as such."""
+    name, weight = weight_of(low)
+    matrix = len(weight.shape) == 2 and weight.dtype == torch.float32
+    return standard.loaded(low, name, weight) if matrix and signed(weight) else whole(low, name, weight)
 
 
 def whole(low: Lowering, name: str, weight: QTensor, transposed: bool = False) -> ir.Value:

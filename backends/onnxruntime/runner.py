@@ -25,8 +25,12 @@ DTYPES = {
     "tensor(double)": torch.float64,
     "tensor(int8)": torch.int8,
     "tensor(uint8)": torch.uint8,
+    "tensor(int16)": torch.int16,
+    "tensor(uint16)": torch.uint16,
     "tensor(int32)": torch.int32,
+    "tensor(uint32)": torch.uint32,
     "tensor(int64)": torch.int64,
+    "tensor(uint64)": torch.uint64,
     "tensor(bool)": torch.bool,
 }
 
@@ -85,6 +89,8 @@ class OnnxRunner(Runner):
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All outputs for the given inputs; BackendError for padding or positions that the graph cannot take."""
         values = {str(n.target): v for n, v in self.program.bind(inputs).items()}
+        if not self.caches and MASK not in self.inputs:
+            return self._run(values)
         ids = values[self.program.inputs[0].name]
         batch, new = ids.shape[:2]
         values |= {name: empty(kind, batch, 0) for name, kind in self.caches.items() if name not in inputs}
@@ -99,7 +105,7 @@ class OnnxRunner(Runner):
     def _run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         feeds = {name: as_numpy(values[name]) for name in self.inputs if name in values}
         found = self.session.run(list(self.program.outputs), feeds)
-        return {name: torch.from_numpy(value) for name, value in zip(self.program.outputs, found, strict=True)}
+        return {name: as_torch(value) for name, value in zip(self.program.outputs, found, strict=True)}
 
     def _shared(
         self, values: dict[str, Tensor], inputs: Mapping[str, Tensor], past: int, new: int
@@ -188,6 +194,12 @@ class OnnxRunner(Runner):
             "weights": "memory-mapped, then packed for the kernels",
         }
         return {"onnxruntime": ort.__version__, **session, **self.about}
+
+
+def as_torch(value: Any) -> Tensor:
+    """An array of ONNX Runtime's as a tensor: numpy may have made a number of it, and its uint64 is not torch's."""
+    array = np.asarray(value)
+    return torch.from_numpy(array.view(array.dtype.str))
 
 
 def as_numpy(tensor: Tensor) -> Any:

@@ -72,3 +72,27 @@ def looked_up(low: Lowering, name: str, weight: QTensor, ids: ir.Value, cut: Blo
     codes = low.op("Gather", low.graph.store(f"{name}::int8", table), ids, axis=0)
     scale = low.op("Gather", low.graph.store(f"{name}::row scales", steps), ids, axis=0)
     return low.op("Mul", low.op("Cast", codes, to=int(ir.DataType.FLOAT)), low.op("Unsqueeze", scale, [-1]))
+
+
+def codes_looked_up(low: Lowering, name: str, weight: QTensor, ids: ir.Value) -> ir.Value:
+    """Rows of a table of 8-bit codes with one scale: only those asked for are decoded."""
+    shape = (weight.rows, weight.columns)
+    table = Stored(shape, torch.uint8, lambda: weight.unpacked().to(torch.uint8).view(shape), f"{name}::codes")
+    codes = low.op("Gather", low.graph.store(f"{name}::codes", table), ids, axis=0)
+    assert isinstance(weight.scale, Tensor)
+    zero = torch.tensor(128) if weight.zero is None else weight.zero
+    grid = weight.scale.float().reshape(()), zero.to(torch.uint8).reshape(())
+    return low.op("DequantizeLinear", codes, *map(low.graph.constant, grid))
+
+
+def loaded(low: Lowering, name: str, weight: QTensor) -> ir.Value:
+    """The floats of 8-bit codes with one scale a row, decoded once.
+
+    ONNX Runtime folds Cast and Mul when it loads the model, but runs DequantizeLinear each time.
+    """
+    shape, scales = (weight.rows, weight.columns), row_scales(weight)
+    codes = Stored(shape, torch.int8, lambda: int8_codes(weight), f"{name}::rows of codes")
+    steps = Stored((weight.rows, 1), torch.float32, lambda: scales.view(-1, 1), f"{name}::steps")
+    floats = low.op("Cast", low.graph.store(f"{name}::rows of codes", codes), to=int(ir.DataType.FLOAT))
+    made = low.op("Mul", floats, low.graph.store(f"{name}::steps", steps))
+    return typed(made, Type(shape, torch.float32))

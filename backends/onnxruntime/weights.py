@@ -78,13 +78,20 @@ def blocks(weight: QTensor) -> Answer:
 
 BLOCKWISE = Accept("integers & groups of whole blocks", lambda w: blocks(w) if integers(w) else integers(w))
 UNORDERED = without("permutation")
+ONE_GRID = Accept(
+    "8-bit integers with one scale",
+    lambda w: (w.scheme.bits == 8 and w.scheme.granularity == "tensor") or No(f"{w.scheme} has several scales"),
+)
 MATMUL = Kernel("MatMulNBits", "qc.linear", BLOCKWISE & without("minimum"))
 MATMUL_MINIMA = Kernel("MatMulNBits + block sums", "qc.linear", BLOCKWISE)
+GATHER_CODES = Kernel(
+    "Gather and DequantizeLinear", "qc.embedding", BLOCKWISE & ONE_GRID & UNORDERED & without("minimum")
+)
 GATHER = Kernel("GatherBlockQuantized", "qc.embedding", BLOCKWISE & UNORDERED & without("minimum"))
 GATHER_MINIMA = Kernel("GatherBlockQuantized + minima", "qc.embedding", BLOCKWISE & UNORDERED)
 FLOAT_MATMUL = Kernel("MatMul (dequantized when written)", "qc.linear", Accept("anything", lambda w: True))
 FLOAT_GATHER = Kernel("Gather (dequantized when written)", "qc.embedding", Accept("anything", lambda w: True))
-KERNELS = (MATMUL, MATMUL_MINIMA, FLOAT_MATMUL, GATHER, GATHER_MINIMA, FLOAT_GATHER)
+KERNELS = (MATMUL, MATMUL_MINIMA, FLOAT_MATMUL, GATHER_CODES, GATHER, GATHER_MINIMA, FLOAT_GATHER)
 
 
 def signed(weight: QTensor) -> bool | No:

@@ -247,7 +247,7 @@ def strip(tensor: Any) -> None:
 def fill(tensor: Any, value: Tensor) -> None:
     """Give a TensorProto the data of `value`, whose shape and dtype it has."""
     strip(tensor)
-    tensor.raw_data = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+    tensor.raw_data = value.numpy().tobytes()
 
 
 def filled(proto: Any, tensors: dict[str, Tensor]) -> Any:

@@ -124,6 +124,7 @@ def _write_one(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
+            flat = flat.as_strided(flat.shape, (1,))  # one element may have any stride
             file.write(flat.view(torch.uint8).numpy().data)
 
 

@@ -102,7 +102,7 @@ def _named(watched: "Watched", example_inputs: Any) -> Values | None:
 def _sample(value: Any, shape: Sequence[Any]) -> Any:
     """An example input: one of several samples, where they stand along an axis of their own or one of size 1."""
     if value.ndim == len(shape) + 1:
-        return value[0]
+        return np.asarray(value[0])
     return value[:1] if value.ndim and shape[0] == 1 else value
 
 

@@ -13,6 +13,7 @@ from qcompiler.errors import No, require
 from qcompiler.formats.onnx_blocks import Packed, packed_of
 from qcompiler.formats.onnx_model import DTYPES, SMALL, Source, captured, proto_values, stored_name
 from qcompiler.frontends.onnx_arithmetic import SIZES, Sizes
+from qcompiler.frontends.onnx_subgraphs import lifted
 from qcompiler.ops import qc
 from qcompiler.program import Input, Program, Type
 
@@ -44,6 +45,7 @@ class Builder:
         self.values: dict[str, fx.Node] = {}
         self.same: dict[Any, fx.Node] = {}  # small constants by what they hold
         self.origin: dict[fx.Node, int] = {}
+        self.lifted: set[str] = set()  # tensors that stand in subgraphs
         self.place = ""
 
     # -- values ----------------------------------------------------------------------------------------------
@@ -146,13 +148,17 @@ class Builder:
 
     def opaque(self, index: int) -> None:
         """Keep a node as it is: its values come from ONNX Runtime."""
-        node = self.proto.graph.node[index]
+        node, weights = lifted(self.proto.graph.node[index], self.types.keys() | self.constants.keys())
+        inner = {name: self.tensor(f"onnx.{index}.{name}", value) for name, value in weights.items()}
+        self.types |= {name: Type(tuple(value.shape), value.dtype) for name, value in weights.items()}
+        self.lifted.update(str(read.target) for read in inner.values())
         needed = list(dict.fromkeys(n for n in [*node.input, *captured(node)] if n))
-        fed = [n for n in needed if n in self.values or (n in self.stored and n not in self.small)]
+        fed = [n for n in needed if n in self.values or n in inner or (n in self.stored and n not in self.small)]
         model = self.single(node, fed, [n for n in needed if n not in fed])
         data = torch.frombuffer(bytearray(model.SerializeToString()), dtype=torch.uint8)
         stored = self.tensor(f"onnx.{index}.{node.op_type}", data)
-        whole = self.emit(qc.onnx, stored, [self.value(n) for n in fed], op=node.op_type, dtype=torch.float32)
+        values = [inner[n] if n in inner else self.value(n) for n in fed]
+        whole = self.emit(qc.onnx, stored, values, op=node.op_type, dtype=torch.float32)
         outputs = [name for name in node.output if name]
         self.origin[whole] = index
         whole.meta["type"] = tuple(self.types[name] for name in outputs)

@@ -61,6 +61,9 @@ def export(program: Program) -> Any:
     proto = onnx.ModelProto.FromString(base64.b64decode(kept["model"]))
     builder = _again(program, proto, kept)
     quantized = _matched(program, builder)
+    for name in builder.lifted:
+        if not torch.equal(program.tensors[name], builder.program.tensors[name]):
+            raise _changed(f'tensor "{name}" of a subgraph has other values')
     for tensor in list(proto.graph.initializer):
         name = stored_name(tensor.name)
         if name in program.tensors:
