@@ -26,8 +26,8 @@ from cpu_page import write_page
 PEERS = Path(__file__).parent / "peers"
 SCRIPTS = {
     "ours": ("onnxruntime_bench.py",),
-    "llama": ("llama_cpp_bench.py", "--serve", "--engine", "llama_cpp"),
-    "xllama": ("llama_cpp_bench.py", "--serve", "--engine", "xllamacpp"),
+    "llama": ("llama_cpp_bench.py", "--engine", "llama_cpp"),
+    "xllama": ("llama_cpp_bench.py", "--engine", "xllamacpp"),
     "genai": ("genai_bench.py",),
     "openvino": ("openvino_bench.py",),
     "torchao": ("torchao_bench.py",),
@@ -99,7 +99,7 @@ class Engine:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         self.load_s, self.peak, self.long_peak = 0.0, 0.0, 0.0
         greeting = self._answer()
-        self.load_s = float(greeting.get("load_s") or greeting.get("load_seconds") or 0.0)
+        self.load_s = float(greeting["load_s"])
 
     def ask(self, command: str) -> float:
         """Tokens a second."""
@@ -186,9 +186,9 @@ def perplexities(options: argparse.Namespace, ours: dict[str, str]) -> dict[str,
             lines = Path(folder, "windows.jsonl")
             rows = tokens[: 512 * options.windows].view(-1, 512).tolist()
             lines.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-            command = [python, str(PEERS / "llama_cpp_bench.py"), model, "--evaluate", str(lines), "--repeat", "1"]
+            command = [python, str(PEERS / "llama_cpp_perplexity.py"), model, str(lines)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[SHOWN["llama"]] = json.loads(done.stdout.splitlines()[-1])["evaluate"]["perplexity"]
+        found[SHOWN["llama"]] = json.loads(done.stdout)["perplexity"]
     return found
 
 
