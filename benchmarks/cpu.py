@@ -1,7 +1,7 @@
 """Decoders on a CPU against the engines that people use, alternating in one run; writes results/cpu.json.
 
     python benchmarks/cpu.py --ours NAME=FOLDER ... [--llama PYTHON=Q4_0.gguf] [--xllama PYTHON=Q4_0.gguf]
-        [--genai PYTHON=FOLDER] [--rounds 7] [--text FILE]
+        [--genai PYTHON=FOLDER] [--openvino PYTHON=FOLDER] [--torchao PYTHON=HF_FOLDER] [--rounds 7] [--text FILE]
 
 All use two threads. Prefill is 512 tokens with the logits of the last, decode 128 single tokens; while one measures,
 the others wait. Every engine lives in a process of its own, ours in plain onnxruntime (peers/onnxruntime_bench.py), so
@@ -26,11 +26,19 @@ from cpu_page import write_page
 PEERS = Path(__file__).parent / "peers"
 SCRIPTS = {
     "ours": ("onnxruntime_bench.py",),
-    "llama": ("llama_cpp_bench.py", "--serve", "--engine", "llama_cpp"),
-    "xllama": ("llama_cpp_bench.py", "--serve", "--engine", "xllamacpp"),
+    "llama": ("llama_cpp_bench.py", "--engine", "llama_cpp"),
+    "xllama": ("llama_cpp_bench.py", "--engine", "xllamacpp"),
     "genai": ("genai_bench.py",),
+    "openvino": ("openvino_bench.py",),
+    "torchao": ("torchao_bench.py",),
 }
-SHOWN = {"llama": "llama.cpp (built here)", "xllama": "llama.cpp (xllamacpp)", "genai": "onnxruntime-genai"}
+SHOWN = {
+    "llama": "llama.cpp (built here)",
+    "xllama": "llama.cpp (xllamacpp)",
+    "genai": "onnxruntime-genai",
+    "openvino": "OpenVINO",
+    "torchao": "PyTorch with torchao",
+}
 
 
 def main() -> None:
@@ -91,7 +99,7 @@ class Engine:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         self.load_s, self.peak, self.long_peak = 0.0, 0.0, 0.0
         greeting = self._answer()
-        self.load_s = float(greeting.get("load_s") or greeting.get("load_seconds") or 0.0)
+        self.load_s = float(greeting["load_s"])
 
     def ask(self, command: str) -> float:
         """Tokens a second."""
@@ -133,7 +141,7 @@ def alternate(engines: dict[str, Engine], what: str, rounds: int) -> dict[str, l
 def against(
     mine: str, samples: dict[str, dict[str, list[float]]], engines: dict[str, Any], ours: Sequence[str]
 ) -> dict[str, float]:
-    """How one of ours compares with the others: the faster llama.cpp, and genai."""
+    """How one of ours compares with the others: the faster llama.cpp, and every other engine."""
     found: dict[str, float] = {}
     for what in ("decode", "prefill"):
         paces = samples[what]
@@ -143,8 +151,9 @@ def against(
             found[f"{what}_vs_llama_cpp"] = ratio(paces[mine], paces[faster])
             peak = engines[mine]["peak_rss_mb"] / engines[faster]["peak_rss_mb"]
             found["peak_memory_vs_llama_cpp"] = round(peak, 3)
-        if SHOWN["genai"] in paces:
-            found[f"{what}_vs_genai"] = ratio(paces[mine], paces[SHOWN["genai"]])
+        for kind in ("genai", "openvino", "torchao"):
+            if SHOWN[kind] in paces:
+                found[f"{what}_vs_{kind}"] = ratio(paces[mine], paces[SHOWN[kind]])
     if "long" in samples and mine != ours[0]:
         found[f"decode_at_2048_vs_{ours[0]}"] = ratio(samples["long"][mine], samples["long"][ours[0]])
     return found
@@ -185,9 +194,9 @@ def perplexities(options: argparse.Namespace, ours: dict[str, str]) -> dict[str,
         with tempfile.TemporaryDirectory() as folder:
             lines = Path(folder, "windows.jsonl")
             lines.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows.tolist()))
-            command = [python, str(PEERS / "llama_cpp_bench.py"), model, "--evaluate", str(lines), "--repeat", "1"]
+            command = [python, str(PEERS / "llama_cpp_perplexity.py"), model, str(lines)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[SHOWN["llama"]] = {"perplexity": json.loads(done.stdout.splitlines()[-1])["evaluate"]["perplexity"]}
+        found[SHOWN["llama"]] = {"perplexity": json.loads(done.stdout)["perplexity"]}
     return found
 
 

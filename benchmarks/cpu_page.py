@@ -35,11 +35,16 @@ WHERE = """\
 
 A token of decoding reads {mb:.0f} MB of weights: {share:.0%} of the bandwidth that two threads reach here
 ({bandwidth:.1f} GB/s)."""
-BARS = {
+# What is measured, in words; the bar, if one was set; whether to be above it.
+BARS: dict[str, tuple[str, float | None, bool]] = {
     "decode_vs_llama_cpp": ("decode, against the faster llama.cpp", 1.15, True),
     "prefill_vs_llama_cpp": ("prefill, against the faster llama.cpp", 1.5, True),
     "peak_memory_vs_llama_cpp": ("peak memory, against the same", 1.15, False),
     "decode_vs_genai": ("decode, against the model builder of onnxruntime-genai", 1.4, True),
+    "decode_vs_openvino": ("decode, against OpenVINO", None, True),
+    "prefill_vs_openvino": ("prefill, against OpenVINO", None, True),
+    "decode_vs_torchao": ("decode, against PyTorch with torchao", None, True),
+    "prefill_vs_torchao": ("prefill, against PyTorch with torchao", None, True),
 }
 
 
@@ -84,7 +89,8 @@ def _bars(figures: dict[str, Any]) -> list[str]:
         cells = [figures["against"][name].get(key) for name in names]
         if any(cell is not None for cell in cells):
             shown = ["" if cell is None else f"{cell:.2f}" for cell in cells]
-            lines.append(f"| {words} | {'at least' if above else 'at most'} {bar:g} | " + " | ".join(shown) + " |")
+            wanted = "" if bar is None else f"{'at least' if above else 'at most'} {bar:g}"
+            lines.append(f"| {words} | {wanted} | " + " | ".join(shown) + " |")
     return lines
 
 

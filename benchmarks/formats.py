@@ -111,8 +111,7 @@ class Bench:
         print(name, json.dumps(self.files[name]), flush=True)
 
     def _quality(self, path: Path, seconds: float) -> dict[str, float]:
-        command = ("llama_cpp_bench.py", str(path), "--serve", "--context", str(LENGTH))
-        found = self._peer(*command, "--evaluate", str(self.windows), ask="evaluate\nquit\n")
+        found = self._peer("llama_cpp_perplexity.py", str(path), str(self.windows), "--context", str(LENGTH))
         file = GgufFile.read(path)
         values = sum(torch.Size(t.shape).numel() for t in file.tensors.values())
         return {
@@ -122,10 +121,10 @@ class Bench:
             "seconds": round(seconds, 1),
         }
 
-    def _peer(self, script: str, *arguments: str, ask: str = "") -> dict[str, Any]:
+    def _peer(self, script: str, *arguments: str) -> dict[str, Any]:
         """The last JSON line that a peer's script prints."""
         command = [str(self.python), str(PEERS / script), *arguments]
-        done = subprocess.run(command, input=ask, capture_output=True, text=True, timeout=1800, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
         if done.returncode:
             raise SystemExit(f"{script} failed: {done.stderr[-500:]}")
         answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -14,6 +14,7 @@ from qcompiler.scheme import QTensor, pack_bits
 
 TYPES = tuple(name for name in KINDS if name != "MXFP4")
 CHUNK = 1 << 18  # values searched at once: what a processor's cache holds
+SMALLEST = 2.0**-24  # the smallest number above zero of float16
 TURNS = 2  # how often scales and codes of a superblock are fitted to each other
 
 
@@ -91,8 +92,9 @@ def _record(kind: Kind, codes: Tensor, scale: "Tensor | QTensor", minimum: "Tens
 
 
 def _stored(values: Tensor) -> Tensor:
-    """As float16 holds them; InputError for what it does not reach."""
+    """As float16 holds them, what would vanish as its smallest; InputError for what it does not reach."""
     stored = values.half()
+    stored = torch.where((stored == 0) & (values != 0), SMALLEST * values.sign().half(), stored)
     if not bool(torch.isfinite(stored).all()):
         raise InputError("its values reach beyond what float16 scales can say; scale the tensor down, or exclude it")
     return stored

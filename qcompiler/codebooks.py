@@ -126,8 +126,9 @@ def nested(absmax: Tensor) -> QTensor:
 def _dynamic_codes(blocks: Tensor, absmax: Tensor) -> Tensor:
     """Codes in the 8-bit dynamic map, uint8 [n], of values [blocks, block] and their largest magnitudes [blocks]."""
     table = dynamic_map()
-    # bitsandbytes' CPU library looks codes up by the value in 16 bits, which now and then is not the nearest one.
-    steps = torch.floor((blocks / absmax[:, None] + 1) * STEPS + 0.5) / STEPS - 1
+    # bitsandbytes' CPU library multiplies by the inverse, and looks codes up by the value in 16 bits, which now and
+    # then is not the nearest one.
+    steps = torch.floor((blocks * (1 / absmax[:, None]) + 1) * STEPS + 0.5) / STEPS - 1
     codes = torch.bucketize(steps, (table[:-1] + table[1:]) / 2).to(torch.uint8)
     codes[absmax == 0] = 0
     return codes.flatten()

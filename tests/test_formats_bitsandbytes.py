@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -65,6 +65,7 @@ def test_codes_and_scales_equal_theirs_to_the_bit(
         assert torch.equal(record.dequantize(), library.functional.dequantize_4bit(codes, state))
 
 
+@example(block=256, shape=(64, 576), dtype=torch.float16, tail=1, seed=51)  # 0.4796825 of the largest, nearly a tie
 @settings(max_examples=40, deadline=None)
 @given(
     block=st.sampled_from(BLOCKS),

@@ -1,45 +1,30 @@
-"""Prefill and decode speed of llama.cpp on one GGUF; prints JSON lines.
+"""A GGUF timed in llama.cpp, by either of two packagings.
 
-Runs inside a peer environment (see README.md), with either of two packagings of llama.cpp:
-`llama_cpp` (llama-cpp-python: every llama_decode call is timed here) or `xllamacpp` (an in-process server whose
-own timings are reported). One shot by default; with `--serve`, one JSON line for each of the commands
-"prefill", "decode" and "quit" on standard input, so that a driver can alternate it with another runtime.
+    python llama_cpp_bench.py MODEL.gguf [--engine xllamacpp] [--threads 2]
+
+See serving.py for what it answers. `llama_cpp` is llama-cpp-python, each command timed here; `xllamacpp` is a server in
+this process, whose own timings are given.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib.metadata
 import json
 import logging
 import math
 import os
-import random
-import statistics
-import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from peer_report import claim_stdout, memory_mb
-
-
-class Engine(Protocol):
-    """A loaded model that can be timed."""
-
-    def prefill(self, tokens: list[int]) -> float:
-        """Seconds to process the tokens from an empty cache and get the last token's logits."""
-
-    def decode(self, tokens: list[int], count: int) -> list[float]:
-        """Seconds of each of `count` greedy steps after the tokens (or one entry, their mean, `count` times)."""
-
-    def system(self) -> str:
-        """What the build says about the instruction sets it uses."""
+from serving import Engine, main
 
 
 class LlamaCpp:
     """llama-cpp-python's low-level API."""
+
+    name = "llama_cpp"
 
     def __init__(self, model: Path, context: int, threads: int, flash: bool) -> None:
         """Load the model and create one context."""
@@ -88,16 +73,15 @@ class LlamaCpp:
         self.logits(-1)
         return time.perf_counter() - start
 
-    def decode(self, tokens: list[int], count: int) -> list[float]:
+    def decode(self, tokens: list[int], count: int) -> float:
         """Time `count` steps, each feeding the arg max of the one before."""
         self.prefill(tokens)
-        times, token = [], int(self.logits(-1).argmax())
+        token = int(self.logits(-1).argmax())
+        start = time.perf_counter()
         for position in range(len(tokens), len(tokens) + count):
-            start = time.perf_counter()
             self.run([token], position)
             token = int(self.logits(-1).argmax())
-            times.append(time.perf_counter() - start)
-        return times
+        return time.perf_counter() - start
 
     def nll(self, tokens: list[int]) -> float:
         """Mean next-token negative log likelihood over the window."""
@@ -111,13 +95,11 @@ class LlamaCpp:
             total += row.max() + math.log(np.exp(row - row.max()).sum()) - row[target]
         return float(total / (len(tokens) - 1))
 
-    def system(self) -> str:
-        """The build's own description."""
-        return str(self.lib.llama_print_system_info().decode())
-
 
 class XLlamaCpp:
     """xllamacpp's in-process server; its timings include sampling (decode) and slot handling (both)."""
+
+    name = "xllamacpp"
 
     def __init__(self, model: Path, context: int, threads: int, flash: bool) -> None:
         """Start the server on the model."""
@@ -155,92 +137,25 @@ class XLlamaCpp:
             raise SystemExit(f"xllamacpp processed {timings['prompt_n']} tokens of {len(tokens)}")
         return float(timings["prompt_ms"]) / 1000
 
-    def decode(self, tokens: list[int], count: int) -> list[float]:
-        """The server's mean time for a token; its first token comes with the prompt."""
+    def decode(self, tokens: list[int], count: int) -> float:
+        """The server's mean time for a token, `count` times; its first token comes with the prompt."""
         timings = self.complete(tokens, count + 1)
-        return [float(timings["predicted_ms"]) / 1000 / (timings["predicted_n"] - 1)] * count
-
-    def system(self) -> str:
-        """The build's own description."""
-        return str(self.lib.get_system_info())
+        return float(timings["predicted_ms"]) / 1000 / (timings["predicted_n"] - 1) * count
 
 
-def measure(engine: Engine, command: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Answer one command."""
-    generator = random.Random(args.seed)
-    prompt = [generator.randrange(1000, 20000) for _ in range(args.prompt_tokens)]
-    result: dict[str, Any] = {"command": command}
-    if command == "prefill":
-        seconds = engine.prefill(prompt)
-        result |= {"tokens": len(prompt), "seconds": seconds, "tokens_per_s": len(prompt) / seconds}
-    elif command == "decode":
-        times = engine.decode(prompt[: args.decode_context], args.new_tokens)
-        result |= {"tokens": len(times), "context": args.decode_context, "seconds": sum(times)}
-        result |= {"tokens_per_s": len(times) / sum(times), "median_tokens_per_s": 1 / statistics.median(times)}
-        result["best_step_tokens_per_s"] = 1 / min(times)
-    elif command == "evaluate" and isinstance(engine, LlamaCpp):
-        lines = [line for line in args.evaluate.read_text().splitlines() if line.strip()]
-        losses = [engine.nll(json.loads(line)["input_ids"]) for line in lines]
-        mean = statistics.mean(losses)
-        result |= {"windows": len(losses), "nll": mean, "perplexity": math.exp(mean)}
-    else:
-        result["error"] = "unknown command"
-    return result | {"rss_mb": memory_mb("VmRSS"), "peak_rss_mb": memory_mb("VmHWM")}
+def load(options: argparse.Namespace) -> Engine:
+    """The model in the packaging asked for."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
+    kind = LlamaCpp if options.engine == "llama_cpp" else XLlamaCpp
+    return kind(options.model, options.context, options.threads, options.flash_attention)
 
 
-def arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="GGUF file")
+def extend(parser: argparse.ArgumentParser) -> None:
+    """The options of llama.cpp."""
     parser.add_argument("--engine", choices=["llama_cpp", "xllamacpp"], default="llama_cpp")
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--decode-context", type=int, default=16, help="prompt tokens before the decode steps")
     parser.add_argument("--context", type=int, default=1024, help="key-value slots")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=5, help="measurements of each kind in one-shot mode")
     parser.add_argument("--flash-attention", action="store_true", help="force it on (default: the library's choice)")
-    parser.add_argument("--evaluate", type=Path, help='also perplexity over JSON lines {"input_ids": [...]}')
-    parser.add_argument("--serve", action="store_true", help="answer commands on standard input")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Load, then answer commands or run every measurement once."""
-    args = arguments()
-    out = claim_stdout()
-    os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
-    before = memory_mb("VmRSS")
-    start = time.perf_counter()
-    kind = LlamaCpp if args.engine == "llama_cpp" else XLlamaCpp
-    engine: Engine = kind(args.model, args.context, args.threads, args.flash_attention)
-    package = {"llama_cpp": "llama-cpp-python", "xllamacpp": "xllamacpp"}[args.engine]
-    report: dict[str, Any] = {
-        "peer": args.engine,
-        "version": importlib.metadata.version(package),
-        "model": args.model.name,
-        "threads": args.threads,
-        "load_seconds": time.perf_counter() - start,
-        "rss_before_mb": before,
-        "system": engine.system(),
-    }
-    if args.serve:
-        print(json.dumps(report | {"command": "load"}), file=out)
-        for line in sys.stdin:
-            if (command := line.strip()) == "quit":
-                break
-            print(json.dumps(measure(engine, command, args)), file=out)
-        return
-    for command in ("prefill", "decode"):
-        measure(engine, command, args)
-        samples = [measure(engine, command, args)["tokens_per_s"] for _ in range(args.repeat)]
-        report[command] = {"best": max(samples), "median": statistics.median(samples), "tokens_per_s": samples}
-    report["peak_rss_mb"], report["rss_anonymous_mb"] = memory_mb("VmHWM"), memory_mb("RssAnon")
-    if args.evaluate:
-        report["evaluate"] = measure(engine, "evaluate", args)
-    print(json.dumps(report), file=out)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, load, extend)

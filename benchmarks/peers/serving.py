@@ -29,14 +29,19 @@ class Engine(Protocol):
         """Seconds of `count` greedy steps after the tokens."""
 
 
-def main(description: str, load: Callable[[argparse.Namespace], Engine]) -> None:
-    """Load, report, and answer commands until `quit` or the end of the input."""
+def main(
+    description: str,
+    load: Callable[[argparse.Namespace], Engine],
+    extend: Callable[[argparse.ArgumentParser], None] = lambda _: None,
+) -> None:
+    """Load, report, and answer commands until `quit` or the end of the input; `extend` adds options of its own."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--long-context", type=int, default=2048)
+    extend(parser)
     options = parser.parse_args()
     out = claim_stdout()
     start = time.perf_counter()
