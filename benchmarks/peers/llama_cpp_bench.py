@@ -153,7 +153,7 @@ def load(options: argparse.Namespace) -> Engine:
 def extend(parser: argparse.ArgumentParser) -> None:
     """The options of llama.cpp."""
     parser.add_argument("--engine", choices=["llama_cpp", "xllamacpp"], default="llama_cpp")
-    parser.add_argument("--context", type=int, default=1024, help="key-value slots")
+    parser.add_argument("--context", type=int, default=1024, help="key-value slots (`long` needs 2304)")
     parser.add_argument("--flash-attention", action="store_true", help="force it on (default: the library's choice)")
 
 
