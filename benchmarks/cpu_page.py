@@ -110,10 +110,10 @@ def _prompts(figures: dict[str, Any]) -> list[str]:
 
 
 def _cache(figures: dict[str, Any]) -> list[str]:
-    lines = ["| cache | decode, tokens/s | peak memory at 2048, MB |", "|---|---|---|"]
+    lines = ["| cache | decode, tokens/s | peak memory at 2048, MB | perplexity |", "|---|---|---|---|"]
     for name, found in figures["engines"].items():
         pace = _spread(found["long_tokens_per_s"])
-        lines.append(f"| {name} | {pace} | {found.get('long_peak_rss_mb', 0):.0f} |")
+        lines.append(f"| {name} | {pace} | {found.get('long_peak_rss_mb', 0):.0f} | {found.get('perplexity', 0):.2f} |")
     return lines
 
 
