@@ -7,9 +7,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from qcompiler.codebooks import BLOCKS
-from qcompiler.errors import No, RecipeError
-from qcompiler.passes.rtn import layer_record
-from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
+from qcompiler.errors import RecipeError
+from qcompiler.passes.rtn import quantize_each
+from qcompiler.passes.selection import BODY, select, weight_name
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
 from qcompiler.scheme import QTensor
@@ -38,14 +38,4 @@ class Blockwise(Pass):
         if self.block not in BLOCKS:
             raise RecipeError(f"{self.name}: block is {self.block}; it must be one of {', '.join(map(str, BLOCKS))}")
         names = dict.fromkeys(weight_name(node) for node in select(program, self.include, self.exclude, ctx))
-        done = 0
-        for name in names:
-            weight = program.tensors[name]
-            if weight.dim() != 2:
-                ctx.refuse(No(f"the weight has {weight.dim()} dimensions, not 2", name))
-                continue
-            q = self.quantized(weight)
-            ctx.layer(layer_record(name, weight, q, self.name))
-            program.quantize_tensor(name, q)
-            done += 1
-        check_coverage(len(names), done, self.min_coverage)
+        quantize_each(program, ctx, names, lambda _, weight: self.quantized(weight), self.name, self.min_coverage)

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qcompiler.errors import No, RecipeError
-from qcompiler.passes.rtn import layer_record
-from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
+from qcompiler.errors import RecipeError
+from qcompiler.passes.rtn import quantize_each
+from qcompiler.passes.selection import BODY, select, weight_name
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
 from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits, storage_dtype
@@ -45,17 +45,11 @@ class Hqq(Pass):
     def run(self, program: Program, ctx: Context) -> None:
         self._check()
         names = dict.fromkeys(weight_name(node) for node in select(program, self.include, self.exclude, ctx))
-        done = 0
-        for name in names:
-            weight = program.tensors[name]
-            if weight.dim() != 2:
-                ctx.refuse(No(f"the weight has {weight.dim()} dimensions, not 2", name))
-                continue
-            q = hqq(weight, self.scheme, self.norm, self.turns, self.whole)
-            ctx.layer(layer_record(name, weight, q, self.name))
-            program.quantize_tensor(name, q)
-            done += 1
-        check_coverage(len(names), done, self.min_coverage)
+
+        def fitted(_: str, weight: Tensor) -> QTensor:
+            return hqq(weight, self.scheme, self.norm, self.turns, self.whole)
+
+        quantize_each(program, ctx, names, fitted, self.name, self.min_coverage)
 
     def _check(self) -> None:
         if self.scheme.code != "int" or self.scheme.symmetric or self.scheme.granularity not in ("group", "channel"):

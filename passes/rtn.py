@@ -1,5 +1,6 @@
 """Round-to-nearest: the data-free baseline of weight quantization."""
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,18 +51,34 @@ class Rtn(Pass):
         schemes = dict.fromkeys(tables(program), self.embeddings) if self.embeddings else {}
         schemes |= dict.fromkeys(read_by_opaque(program), self.opaque) if self.opaque else {}
         schemes |= dict.fromkeys(map(weight_of, layers), self.scheme)
-        done = 0
-        for name, scheme in schemes.items():
-            weight = program.tensors[name]
-            if weight.dim() != 2:
-                ctx.refuse(No(f"the weight has {weight.dim()} dimensions, not 2", name))
-                continue
-            rounded = float8_weight if scheme.code == "fp" else QTensor.quantize
-            q = rounded(weight, scheme)
-            ctx.layer(layer_record(name, weight, q, self.name))
-            program.quantize_tensor(name, q)
-            done += 1
-        check_coverage(len(schemes), done, self.min_coverage)
+
+        def rounded(name: str, weight: Tensor) -> QTensor:
+            scheme = schemes[name]
+            return float8_weight(weight, scheme) if scheme.code == "fp" else QTensor.quantize(weight, scheme)
+
+        quantize_each(program, ctx, schemes, rounded, self.name, self.min_coverage)
+
+
+def quantize_each(
+    program: Program,
+    ctx: Context,
+    names: Collection[str],
+    quantized: Callable[[str, Tensor], QTensor],
+    method: str,
+    min_coverage: float,
+) -> None:
+    """Quantize stored matrices [n, k] one by one, each by itself; what is no matrix is refused, and stays float."""
+    done = 0
+    for name in names:
+        weight = program.tensors[name]
+        if weight.dim() != 2:
+            ctx.refuse(No(f"the weight has {weight.dim()} dimensions, not 2", name))
+            continue
+        q = quantized(name, weight)
+        ctx.layer(layer_record(name, weight, q, method))
+        program.quantize_tensor(name, q)
+        done += 1
+    check_coverage(len(names), done, min_coverage)
 
 
 def weight_of(node: fx.Node) -> str:
