@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -312,10 +312,10 @@ def tune(
     Without it kernels take theirs by a rule: nothing is ever tried out at a first call.
     """
     from qcompiler import artifact
-    from qcompiler.plugins import lookup
+    from qcompiler.recipe import build_backend
 
     with Reporter() as progress:
-        answer = lookup("backends", backend)().tune(artifact.load(Path(folder)).program, progress)
+        answer = build_backend(backend).tune(artifact.load(Path(folder)).program, progress)
     if isinstance(answer, No):
         raise BackendError(str(answer))
     if as_json:
@@ -352,13 +352,12 @@ def demo(
 
 def _standard_only(backend: str | None) -> Any:
     """The backend that writes ONNX, asked for operators of the standard; InputError for one that writes none."""
-    from qcompiler.plugins import lookup
+    from qcompiler.recipe import build_backend
 
-    chosen = backend or "onnxruntime"
-    kind = lookup("backends", chosen)
-    if not hasattr(kind, "opset_only"):
-        raise InputError(f'--opset-only is for the backend "onnxruntime"; "{chosen}" writes no ONNX file')
-    return kind(opset_only=True)
+    chosen: Any = build_backend(backend or "onnxruntime")
+    if not hasattr(chosen, "opset_only"):
+        raise InputError(f'--opset-only is for the backend "onnxruntime"; "{chosen.name}" writes no ONNX file')
+    return replace(chosen, opset_only=True)
 
 
 cli_formats.add_to(app)

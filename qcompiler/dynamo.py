@@ -26,8 +26,7 @@ from qcompiler.adopt import adopt
 from qcompiler.compiler import capture
 from qcompiler.errors import InputError, No, QCompilerError, RecipeError, nearest
 from qcompiler.pipeline import Context, Runner
-from qcompiler.plugins import lookup
-from qcompiler.recipe import Recipe
+from qcompiler.recipe import Recipe, build_backend
 from qcompiler.target import Backend, place
 from qcompiler.target import Runner as Lowered
 
@@ -71,7 +70,7 @@ did you mean "recipe"? Known: backend, inductor, mode, recipe, strict
                 raise InputError(f'torch.compile(backend="qcompiler") has no option "{name}"; {nearest(name, known)}')
         options = cls(**given)
         if options.backend:
-            lookup("backends", options.backend)
+            build_backend(options.backend)
         if options.mode not in MODES:
             raise InputError(f'torch.compile(mode="{options.mode}"): {nearest(options.mode, MODES)}')
         folder = Path(str(options.recipe))
@@ -336,7 +335,7 @@ def one_device(args: Values, backend: str) -> bool | No:
 def backend_for(inputs: Sequence[Tensor], options: Options) -> Backend:
     """The backend that was asked for, or the usual one of the device; Inductor behind it if that is wanted."""
     device = inputs[0].device if inputs else torch.device("cpu")
-    chosen = lookup("backends", options.backend or ("triton" if device.type == "cuda" else "reference"))()
+    chosen: Any = build_backend(options.backend or ("triton" if device.type == "cuda" else "reference"))
     wanted = device.type == "cuda" if options.inductor is None else options.inductor
     known = {f.name for f in fields(chosen)} if is_dataclass(chosen) else set()
     if wanted and "inductor" not in known:

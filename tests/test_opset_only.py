@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from qcompiler import data
+from qcompiler.cli import _standard_only
+from qcompiler.errors import InputError
 from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
 from qcompiler.recipe import Recipe
@@ -88,3 +90,9 @@ def test_decoding_over_caches(tmp_path: Path) -> None:
         logits, expected = decoder.step(IDS[:, at - size : at]), whole[:, at - 1]
         # ONNX Runtime makes MatMulNBits of it, which rounds activations to 8 bits.
         assert float((logits - expected).norm() / expected.norm()) < 3e-2
+
+
+def test_the_command_lines_flag_keeps_the_backends_other_options() -> None:
+    assert _standard_only("onnxruntime{threads=1}") == STANDARD
+    with pytest.raises(InputError, match='--opset-only is for the backend "onnxruntime"; "reference" writes no ONNX'):
+        _standard_only("reference")

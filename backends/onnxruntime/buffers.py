@@ -13,7 +13,7 @@ from qcompiler.padding import Shift
 from qcompiler.program import Program, Type
 from qcompiler.target import Decoder
 
-LONG = 32  # from so many tokens on, a prompt is worth reading in its own form
+LONG = 32  # tokens; a prompt of more is worth reading in its own form
 
 
 class SharedDecoder(Decoder):
