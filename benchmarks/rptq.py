@@ -39,9 +39,11 @@ TENSOR = (
     "activations{scheme=int8:tensor:asym include=@normed massive=0}, "
     "activations{scheme=int4:tensor:asym exclude=@normed|@head massive=0}"
 )
-STATIC_KV = "kv{{key=int{0}:g8:asym value=int{0}:g8:asym}}"
+# RPTQ's models have no rotary positions: in few bits, ranges that hold at all of them cost much.
+STATIC_KV = "kv{{key=int{0}:g8:asym value=int{0}:g8:asym widen=false}}"
 BLOCK_KV = "kv{{key=int{0}:channel:asym:dynamic block=64 value=int{0}:g32:asym:dynamic}}"
-ATTENTION = "kv{{key=int{0}:g8:asym value=int{0}:g8:asym query=int{0}:g8:asym levels=255}}"
+ATTENTION = "kv{{key=int{0}:g8:asym value=int{0}:g8:asym query=int{0}:g8:asym levels=255 widen={1}}}"
+NARROW_ATTENTION = ATTENTION.format(4, "false")
 BLOCK_ATTENTION = (
     "kv{key=int4:channel:asym:dynamic block=64 value=int4:g32:asym:dynamic query=int4:g32:asym:dynamic levels=255}"
 )
@@ -56,7 +58,7 @@ ALL = (
 BY_TOKEN = "kv{{key=int{0}:token:asym:dynamic value=int{0}:token:asym:dynamic}}"
 # name: (bits of the weights, what comes after them, the highest ratio to W4A16 asked for, or None)
 CONFIGURATIONS: dict[str, tuple[int, str | FreeClusters, float | None]] = {
-    "W4A8": (4, "activations{scheme=int8:g32:asym}, " + ATTENTION.format(8), 1.04),
+    "W4A8": (4, "activations{scheme=int8:g32:asym}, " + ATTENTION.format(8, "true"), 1.04),
     "W4A4": (4, f"{NORMED}, {BLOCK_ATTENTION}", 1.5),
     "W4A4KV": (4, BLOCK_KV.format(4), 1.04),
     "W4A3KV": (4, BLOCK_KV.format(3), 1.12),
@@ -67,20 +69,20 @@ CONFIGURATIONS: dict[str, tuple[int, str | FreeClusters, float | None]] = {
     "W4A4 attention only": (4, BLOCK_ATTENTION, None),
     "W4A4 per tensor": (4, TENSOR, None),
     "W4A4 with minimum-maximum ranges": (4, f"{WIDE}, {BLOCK_ATTENTION}", None),
-    "W4A4 with static ranges everywhere": (4, f"{WIDE}, {ATTENTION.format(4)}", None),
-    "W4A4 with static ranges everywhere, without that relief": (4, f"{NO_RELIEF}, {ATTENTION.format(4)}", None),
+    "W4A4 with static ranges everywhere": (4, f"{WIDE}, {NARROW_ATTENTION}", None),
+    "W4A4 with static ranges everywhere, without that relief": (4, f"{NO_RELIEF}, {NARROW_ATTENTION}", None),
     "W4A4 free clusters, without that relief": (4, FreeClusters(8, 4, 4, queries=True), None),
     "W4A4 with norm outputs in 4 bits, dynamic": (4, "activations{scheme=int4:g32:asym:dynamic}", None),
     "W4A4KV static": (4, STATIC_KV.format(4), None),
     "W4A3KV static": (4, STATIC_KV.format(3), None),
     "W4A4KV free clusters": (4, FreeClusters(heads=4), None),
     "W4A3KV free clusters": (4, FreeClusters(heads=3), None),
-    "W4A4KV per tensor": (4, "kv{key=int4:tensor:asym value=int4:tensor:asym}", None),
-    "W4A3KV per tensor": (4, "kv{key=int3:tensor:asym value=int3:tensor:asym}", None),
+    "W4A4KV per tensor": (4, "kv{key=int4:tensor:asym value=int4:tensor:asym widen=false}", None),
+    "W4A3KV per tensor": (4, "kv{key=int3:tensor:asym value=int3:tensor:asym widen=false}", None),
     "W3A3KV": (3, BLOCK_KV.format(3), None),
     "W3A3KV static": (3, STATIC_KV.format(3), None),
     "W3A3KV free clusters": (3, FreeClusters(heads=3), None),
-    "W3A3KV per tensor": (3, "kv{key=int3:tensor:asym value=int3:tensor:asym}", None),
+    "W3A3KV per tensor": (3, "kv{key=int3:tensor:asym value=int3:tensor:asym widen=false}", None),
     "W4A4KV and all": (4, ALL.format(4, 15), None),
     "W4A3KV and all": (4, ALL.format(3, 7), None),
     "W3A3KV and all": (3, ALL.format(3, 7), None),

@@ -10,6 +10,7 @@ from qcompiler.passes.awq import Awq, AwqClip
 from qcompiler.passes.block_tune import BlockTune
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.carry import Carry
+from qcompiler.passes.distill import Distill
 from qcompiler.passes.dynamic8 import Dynamic8
 from qcompiler.passes.equalize import Equalize
 from qcompiler.passes.fp4 import Fp4
@@ -36,6 +37,7 @@ PLUGIN = Plugin(
         BlockTune,
         Canonicalize,
         Carry,
+        Distill,
         Dynamic8,
         Equalize,
         Fp4,

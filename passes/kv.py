@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from qcompiler.attention import block_scheme
@@ -13,6 +14,7 @@ from qcompiler.ops import qc
 from qcompiler.passes.ranges import static_grid, statistic_of
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
+from qcompiler.rewrite import named_arguments
 from qcompiler.rounding import activation_scheme
 from qcompiler.scheme import Scheme
 
@@ -29,8 +31,9 @@ class Kv(Pass):
     have one scale for each channel over that many tokens (`int2:channel:asym:dynamic`; KIVI, arXiv 2402.02750,
     section 4.1). `recent` tokens are kept in float, and the `first` ones, which attention often sinks into
     (arXiv 2309.17453). `rotary=before` rounds keys before they are turned: their channels keep their ranges there
-    (KVQuant, arXiv 2401.18079, section 3.2). `query` rounds queries too, and `levels` the attention weights, to so
-    many equal steps up to each query's largest.
+    (KVQuant, arXiv 2401.18079, section 3.2). Static ranges after rotary hold at every position, where the
+    calibration text turned the slow channel pairs through part of the circle only; `widen=false` takes what was seen.
+    `query` rounds queries too, and `levels` the attention weights, to so many equal steps up to each query's largest.
     """
 
     name: ClassVar[str] = "kv"
@@ -45,6 +48,7 @@ class Kv(Pass):
     rotary: str = "after"
     ranges: str = "minmax"
     levels: int = 0
+    widen: bool = True
 
     @property
     def uses_data(self) -> bool:
@@ -81,10 +85,12 @@ class Kv(Pass):
         for segment in ctx.sweep(program, needs):
             for node in [n for n in segment.nodes if n.target is qc.attention]:
                 ctx.node = node
-                grids = {
-                    i: static_grid(segment.statistics[f"{node.name}:{i}"], scheme, self.ranges, heads=heads_of(node, i))
-                    for i, scheme in static.items()
-                }
+                grids = {}
+                for i, scheme in static.items():
+                    seen, heads = segment.statistics[f"{node.name}:{i}"], heads_of(node, i)
+                    if self.widen:
+                        seen = at_every_position(seen, node.args[i], heads)
+                    grids[i] = static_grid(seen, scheme, self.ranges, heads=heads)
                 self.round_attention(program, node, grids, ctx)
 
     def _check(self) -> None:
@@ -142,6 +148,27 @@ class Kv(Pass):
             return False
         self._insert(program, key, 0, self.key, [])
         return True
+
+
+def at_every_position(seen: Tensor, value: Any, heads: int) -> Tensor:
+    """What was seen [rows, heads * d] of a value, and where rotary positions turned it, what other positions make it.
+
+    Both channels of a pair come to be the pair's radius and its opposite.
+    """
+    if not isinstance(value, fx.Node) or value.target is not qc.rope:
+        return seen
+    given = named_arguments(value)
+    width = 2 * int(given["cos"].meta["type"].shape[-1])
+    channels = seen.unflatten(-1, (heads, -1))
+    turned, rest = channels[..., :width], channels[..., width:]
+    pairs = turned.unflatten(-1, (-1, 2) if given["interleaved"] else (2, -1))
+    axis = -1 if given["interleaved"] else -2
+    # Of extremes by channel all that is known is that the radius is no larger than theirs together.
+    known = pairs.abs().amax(0, keepdim=True) if len(seen) == 2 else pairs
+    radius = known.pow(2).sum(axis, keepdim=True).sqrt().expand_as(known).flatten(-2)
+    both = torch.cat([-radius, radius])
+    rest = torch.cat([rest, rest]) if len(both) > len(rest) else rest
+    return torch.cat([both, rest], -1).flatten(1)
 
 
 def heads_of(node: fx.Node, place: int) -> int:

@@ -86,9 +86,10 @@ def compile(
     runner = Runner(context, data.check_samples(program, seed, example_inputs))
     report.passes = runner.records
     before_data = list(takewhile(lambda step: not step.uses_data, steps.passes))
+    rest = steps.passes[len(before_data) :]
     with _stage(report, "passes"):
-        runner.run(program, before_data)
-    if rest := steps.passes[len(before_data) :]:
+        runner.run(program, before_data, rest)
+    if rest:
         report.calibration = wanted.describe()
         with _stage(report, "calibration data"):
             context.samples = data.load(wanted, calibration_writer(program, wanted), tokenizer, context.progress)

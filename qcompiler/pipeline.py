@@ -39,12 +39,14 @@ class Contract(enum.Enum):
 class Pass(abc.ABC):
     """One step of a recipe.
 
-    `name` and `contract` are class attributes; `preserves` says that statistics measured before the pass stay true.
+    `name` and `contract` are class attributes; `preserves` says that statistics measured before the pass stay true,
+    `wants_floats` that it reads `ctx.floats`.
     """
 
     name: ClassVar[str]
     contract: ClassVar[Contract]
     preserves: ClassVar[bool] = False
+    wants_floats: ClassVar[bool] = False
 
     def needs(self, program: Program) -> Needs:
         """Statistics to measure before `run`, by node name; they come back as `ctx.statistics`."""
@@ -79,7 +81,8 @@ class Context:
     """What a pass may use besides the program.
 
     `samples` is the calibration data, `statistics` what `needs()` asked for, `seed` the only source of chance;
-    in `journal` a long pass writes down the segments it finished.
+    in `journal` a long pass writes down the segments it finished. `floats` is the program as it was before anything
+    lossy, for passes that want it.
     """
 
     samples: Sequence[Sample] = ()
@@ -89,6 +92,7 @@ class Context:
     record: PassRecord = field(default_factory=lambda: PassRecord("", "", ""))
     node: fx.Node | None = None
     journal: Journal = field(default_factory=Journal)
+    floats: Program | None = None
 
     def refuse(self, no: No) -> None:
         """Keep a refusal for the report."""
@@ -138,12 +142,23 @@ class Runner:
     _decoded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _measured: dict[tuple[str, Any], Any] = field(default_factory=dict)
 
-    def run(self, program: Program, passes: Sequence[Pass]) -> None:
-        """Run `passes` in order. Raises PassError or ContractError; the program is then as before the failing pass."""
+    def run(self, program: Program, passes: Sequence[Pass], ahead: Sequence[Pass] = ()) -> None:
+        """Run `passes` in order; those `ahead` will be run by another call.
+
+        Raises PassError or ContractError; the program is then as before the failing pass.
+        """
         for i, step in enumerate(passes):
             self.context.progress(f"pass {step.name}", i, len(passes))
+            self._keep_floats(program, step, [*passes[i:], *ahead])
             self._measure(program, passes[i:])
             self._run_one(program, step)
+
+    def _keep_floats(self, program: Program, step: Pass, ahead: Sequence[Pass]) -> None:
+        """Hold on to the program as it was before the first lossy pass, for as long as one ahead wants it."""
+        if not any(later.wants_floats for later in ahead):
+            self.context.floats = None
+        elif self.context.floats is None and step.contract is Contract.LOSSY:
+            self.context.floats = program.copy()
 
     def _measure(self, program: Program, ahead: Sequence[Pass]) -> None:
         """Measure what the next pass needs, and its neighbours while each preserves, in one sweep."""

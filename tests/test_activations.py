@@ -3,17 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, fx
 
 from qcompiler import data
 from qcompiler.errors import PassError, RecipeError
 from qcompiler.ops import qc
 from qcompiler.passes.activations import Activations
-from qcompiler.passes.kv import Kv
+from qcompiler.passes.kv import Kv, at_every_position
 from qcompiler.passes.ranges import RANGES, static_grid, statistic_of
 from qcompiler.passes.statistics import Pair, Sampled, TokenPeaks
 from qcompiler.pipeline import Context, Pass, Runner
-from qcompiler.program import Program
+from qcompiler.program import Program, Type
 from qcompiler.recipe import Recipe
 from qcompiler.scheme import Scheme
 from tests.programs import located, tiny_llama
@@ -134,6 +136,38 @@ def test_static_keys_and_values_hold_a_scale_a_head() -> None:
     scales = {name: t.shape for name, t in program.tensors.items() if name.endswith("_scale")}
     assert set(scales.values()) == {torch.Size([2, 1, 4]), torch.Size([2, 1, 16])}
     assert (runner.records[0].kl or 0) < 1e-3
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "error"])
+def test_static_ranges_of_keys_hold_at_later_positions(ranges: str) -> None:
+    """Calibrated on the first positions, read at far ones: what was seen alone would clip."""
+    base = tiny_llama()
+    ids = torch.randint(0, 50, (8, 4), generator=torch.Generator().manual_seed(1))
+    far = {"input_ids": ids, "position_ids": torch.arange(40, 44).expand(8, -1)}
+    expected, errors = base(**far)["logits"], {}
+    for widen in (False, True):
+        program = base.copy()
+        static = Kv(Scheme.parse("int8:channel:sym"), Scheme.parse("int8:channel:sym"), ranges=ranges, widen=widen)
+        ran(program, static, samples=[{"input_ids": ids}])
+        errors[widen] = float((program(**far)["logits"] - expected).norm() / expected.norm())
+    assert errors[True] < 0.4 * errors[False], errors
+
+
+@given(interleaved=st.booleans(), turned=st.sampled_from([4, 8]), extremes=st.booleans(), position=st.floats(0, 7))
+def test_no_position_leaves_the_widened_range(interleaved: bool, turned: int, extremes: bool, position: float) -> None:
+    graph = fx.Graph()
+    x, cos = graph.placeholder("x"), graph.placeholder("cos")
+    cos.meta["type"] = Type((1, 5, turned // 2), torch.float32)
+    node = graph.call_function(qc.rope, (x, cos, cos), {"interleaved": interleaved})
+    keys = random(1, 2, 5, 8)
+    rows = keys[0].permute(1, 0, 2).flatten(1)  # [tokens, heads * d]
+    seen = torch.stack([rows.amin(0), rows.amax(0)]) if extremes else rows
+    wide = at_every_position(seen, node, heads=2)
+    angle = torch.full((1, 5, turned // 2), position)
+    later = qc.rope(keys, angle.cos(), angle.sin(), interleaved=interleaved)[0].permute(1, 0, 2).flatten(1)
+    assert bool((later <= wide.amax(0) + 1e-5).all())
+    assert bool((later >= wide.amin(0) - 1e-5).all())
+    assert torch.equal(at_every_position(seen, x, heads=2), seen)
 
 
 def test_attention_without_rotary_says_so() -> None:
