@@ -75,7 +75,7 @@ class Distill(Pass):
         before = sum(divergence(teacher, student, sample) for sample in judges) / len(judges)
         self._descend(teacher, student, samples, ctx)
         after = sum(divergence(teacher, student, sample) for sample in judges) / len(judges)
-        ctx.note(f"divergence from the float model: {before:.4f} -> {after:.4f}")
+        ctx.note(f"divergence from the float model: {before:.3g} -> {after:.3g}")
         if after < before:
             student.write(program)
         else:

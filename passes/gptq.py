@@ -45,6 +45,8 @@ class Gptq(Pass):
     `importance` is how tokens are weighed: `relative`, `attention`, or all the same (see `curvature`). `correction` is
     how much of the way to the corrected weights is gone, 0 (none) to 1; to stop before the end guards against fitting
     the calibration data. Both run each block once more, and `correction` the float model beside.
+
+    `samples` > 0 reads the first so many calibration sequences only: a pass after it may want more of them.
     """
 
     name: ClassVar[str] = "gptq"
@@ -59,6 +61,7 @@ class Gptq(Pass):
     refits: int = 1
     importance: str = ""
     correction: float = 0.0
+    samples: int = 0
     min_coverage: float = 1.0
 
     @property
@@ -75,6 +78,10 @@ class Gptq(Pass):
             raise RecipeError(f'importance "{self.importance}" is none of {", ".join(filter(None, IMPORTANCE))}')
         if not 0 <= self.correction <= 1:
             raise RecipeError(f"correction={self.correction:g}: it is a share of the way, 0 to 1")
+        with ctx.reading(self.samples):
+            self._quantize(program, ctx)
+
+    def _quantize(self, program: Program, ctx: Context) -> None:
         chosen = {node.name: weight_name(node) for node in select(program, self.include, self.exclude, ctx)}
         journal = ctx.journal.of(str(self), program, ctx.samples, ctx.seed)
         plain = not self.importance and not self.correction

@@ -45,6 +45,24 @@ class Statistic(abc.ABC):
 Needs = Mapping[str, Statistic]
 
 
+def first(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """The first `count` sequences.
+
+    >>> [sample["ids"].shape[0] for sample in first([{"ids": torch.zeros(3, 8)}] * 3, 4)]
+    [3, 1]
+    """
+    found: list[Sample] = []
+    for sample in samples:
+        rows = max((value.shape[0] for value in sample.values() if value.dim()), default=1)
+        kept = min(rows, count)
+        if kept <= 0:
+            break
+        cut = {k: v[:kept] if v.dim() and v.shape[0] == rows else v for k, v in sample.items()}
+        found.append(sample if kept == rows else cut)
+        count -= rows
+    return found
+
+
 @dataclass
 class Segment:
     """One step of a sweep: its nodes as they were when measured, and the statistics, by the names in `Needs`.

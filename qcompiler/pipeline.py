@@ -6,8 +6,8 @@ afterwards that it did what its contract says; a pass that fails leaves the prog
 
 import abc
 import enum
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -17,9 +17,20 @@ from torch import Tensor, fx
 
 from qcompiler import calibration
 from qcompiler.calibration import Needs, Sample, Segment
+from qcompiler.comparison import (
+    Doubled,
+    finite,
+    mean_kl,
+    no_writes,
+    relative_change,
+    rounds,
+    same_in_pieces,
+    same_values,
+    wide_inputs,
+    widened,
+)
 from qcompiler.errors import ContractError, No, PassError, QCompilerError
 from qcompiler.journal import Journal
-from qcompiler.ops import qc
 from qcompiler.program import Program
 from qcompiler.report import LayerRecord, Meter, PassRecord
 
@@ -110,6 +121,16 @@ class Context:
         """A fresh random generator with the context's seed; the global one is never touched."""
         return torch.Generator().manual_seed(self.seed)
 
+    @contextmanager
+    def reading(self, count: int) -> Iterator[None]:
+        """Inside, `samples` are the first `count` calibration sequences; 0 stands for all."""
+        everything = self.samples
+        try:
+            self.samples = calibration.first(everything, count) if count else everything
+            yield
+        finally:
+            self.samples = everything
+
     def sweep(
         self, program: Program, needs: Callable[[Sequence[fx.Node]], Needs], changes: bool = True
     ) -> Iterator[Segment]:
@@ -192,7 +213,7 @@ class Runner:
                 step.run(program, self.context)
                 program.clean()
                 program.verify()
-            _no_writes(step, versions)
+            no_writes(versions)
             record.changed = program.fingerprint() != before
             if record.changed:
                 self._check(program, snapshot, step, record)
@@ -228,8 +249,8 @@ class Runner:
                     f"(allowed {allowed:.0e}) on the check samples"
                 )
         if step.contract is Contract.LAYOUT:
-            _same_values(program, snapshot)
-        if step.contract is Contract.LOSSY and not _finite(after):
+            same_values(program, snapshot)
+        if step.contract is Contract.LOSSY and not finite(after):
             raise ContractError("the outputs are no longer finite after it")
         self._outputs = after
 
@@ -253,57 +274,16 @@ class Runner:
         found = []
         program = program.decoded(self._decoded)
         samples = self.checks
-        if _rounds(program):  # the last bit of a float may decide a code: double precision tells that from an error
-            program, samples = _widened(program), [_wide_inputs(sample) for sample in samples]
-            program.tensors = _Doubled(program.tensors)
+        if rounds(program):  # the last bit of a float may decide a code: double precision tells that from an error
+            program, samples = widened(program), [wide_inputs(sample) for sample in samples]
+            program.tensors = Doubled(program.tensors)
         for sample in samples:
             outputs = program(**sample)
             if program.caches:
-                _same_in_pieces(program, sample, outputs, self._tolerance([outputs]))
+                same_in_pieces(program, sample, outputs, self._tolerance([outputs]))
             states = set(program.info.get("caches", {}).values())
             found.append({name: value for name, value in outputs.items() if name not in states})
         return found
-
-
-def in_double(program: Program) -> Program:
-    """A copy that computes in double precision throughout."""
-    copy = _widened(program)
-    copy.tensors = {name: t.double() if t.is_floating_point() else t for name, t in copy.tensors.items()}
-    return copy
-
-
-def _widened(program: Program) -> Program:
-    """A copy whose calls name double precision wherever they name a float type."""
-    copy = program.copy()
-    for node in copy.calls():
-        node.args = tuple(map(_wide, node.args))
-        node.kwargs = {name: _wide(value) for name, value in node.kwargs.items()}
-    return copy
-
-
-class _Doubled(dict[str, Tensor]):
-    """Stored tensors that are doubled when they are read, so that a large program is never held twice over.
-
-    For running only: a copy of it holds the tensors as they are.
-    """
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = super().__getitem__(name)
-        return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _wide(argument: Any) -> Any:
-    return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
-
-
-def _wide_inputs(sample: Sample) -> Sample:
-    return {name: value.double() if value.is_floating_point() else value for name, value in sample.items()}
-
-
-def _rounds(program: Program) -> bool:
-    """Whether activations are rounded, as such or inside attention."""
-    inside = ("key", "value", "levels")
-    return any(n.target is qc.fake_quantize or any(n.kwargs.get(k) for k in inside) for n in program.calls())
 
 
 def _needs(step: Pass, program: Program) -> dict[str, Any]:
@@ -333,97 +313,3 @@ def _blame(step: Pass, node: fx.Node | None, error: Exception) -> QCompilerError
     if isinstance(error, QCompilerError):
         return type(error)(f'pass "{step.name}"{where}: {error}')
     return PassError(f'pass "{step.name}"{where}: {type(error).__name__}: {error}')
-
-
-def _no_writes(step: Pass, versions: Mapping[str, tuple[Tensor, int]]) -> None:
-    for name, (tensor, version) in versions.items():
-        if tensor._version != version:
-            raise ContractError(f'it wrote into tensor "{name}" in place; store a new tensor instead')
-
-
-def _same_values(program: Program, snapshot: Program) -> None:
-    """Every quantized tensor that was there before still stands for the same numbers, bit for bit."""
-    for name in snapshot.quantized:
-        if name not in program.quantized or _parts(program, name) == _parts(snapshot, name):
-            continue
-        if not torch.equal(program.qtensor(name).dequantize(), snapshot.qtensor(name).dequantize()):
-            raise ContractError(f'it is declared a layout change but "{name}" no longer dequantizes to the same bits')
-    for name in program.quantized:
-        if name in snapshot.tensors and not torch.equal(program.qtensor(name).dequantize(), snapshot.tensors[name]):
-            raise ContractError(f'it is declared a layout change but "{name}" is not the same tensor, bit for bit')
-
-
-def _parts(program: Program, name: str) -> list[int]:
-    """The identities of a quantized tensor's parts: equal lists are the same record."""
-    return [id(part) for part in program.qtensor(name).parts().values()]
-
-
-def _same_in_pieces(program: Program, sample: Sample, whole: Mapping[str, Tensor], tolerance: float) -> None:
-    """Prefill, then the rest over the cache, must give what one run gives; raises ContractError."""
-    first = program.inputs[0].name
-    length = sample[first].shape[1]
-    outputs: dict[str, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    pieces = []
-    for start, stop in ((0, length // 2), (length // 2, length)):
-        inputs = {name: _piece(name, value, start, stop) for name, value in sample.items()}
-        outputs = program(**inputs, **state)
-        state = program.cache_updates(outputs)
-        pieces.append(outputs[program.outputs[0]])
-    joined = {program.outputs[0]: torch.cat(pieces, dim=1)}
-    change = relative_change({program.outputs[0]: whole[program.outputs[0]]}, joined, real=sample.get("attention_mask"))
-    if not change <= tolerance:
-        raise ContractError(f"prefill then decode differs from one run by {change:.2e} (allowed {tolerance:.0e})")
-
-
-def _piece(name: str, value: Tensor, start: int, stop: int) -> Tensor:
-    # The padding mask covers the past too; ids and positions are those of the new tokens.
-    return value[:, :stop] if name == "attention_mask" else value[:, start:stop]
-
-
-def relative_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor], real: Tensor | None = None) -> float:
-    """Largest absolute difference of any output, relative to that output's largest magnitude.
-
-    With `real` [batch, sequence], only positions where it is nonzero count.
-    """
-    worst = 0.0
-    for name, before in old.items():
-        if name not in new:
-            raise ContractError(f'output "{name}" is gone')
-        after = new[name]
-        if before.shape != after.shape:
-            raise ContractError(f'output "{name}" had shape {tuple(before.shape)} and now has {tuple(after.shape)}')
-        if not before.is_floating_point():
-            worst = max(worst, 0.0 if torch.equal(before, after) else float("inf"))
-            continue
-        if real is not None and real.shape == before.shape[:2]:
-            before, after = before[real != 0], after[real != 0]
-        worst = max(worst, _change(before.double(), after.double()))
-    return worst
-
-
-def _change(before: Tensor, after: Tensor) -> float:
-    """Largest absolute difference relative to the largest finite magnitude; equal infinities do not differ."""
-    differing = before != after
-    if not bool(differing.any()):
-        return 0.0
-    size = before.abs()[before.isfinite()]
-    scale = max(size.max().item() if size.numel() else 0.0, 1e-30)
-    change = (after - before).abs()[differing].max().item() / scale
-    return float("inf") if math.isnan(change) else change
-
-
-def mean_kl(old: Sequence[Mapping[str, Tensor]], new: Sequence[Mapping[str, Tensor]]) -> float | None:
-    """Mean KL divergence (nats) of the predictions in output "logits"; None where there is no such output."""
-    if not old or "logits" not in old[0]:
-        return None
-    total, count = 0.0, 0
-    for before, after in zip(old, new, strict=True):
-        p, q = before["logits"].double().log_softmax(-1), after["logits"].double().log_softmax(-1)
-        kl = (p.exp() * (p - q)).sum(-1)
-        total, count = total + kl.sum().item(), count + kl.numel()
-    return total / max(count, 1)
-
-
-def _finite(outputs: Sequence[Mapping[str, Tensor]]) -> bool:
-    return all(bool(torch.isfinite(v).all()) for out in outputs for v in out.values() if v.is_floating_point())

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler import data
+from qcompiler.comparison import in_double
 from qcompiler.errors import ContractError, QCompilerError, RecipeError
-from qcompiler.pipeline import Context, Contract, Pass, Runner, in_double
+from qcompiler.pipeline import Context, Contract, Pass, Runner
 from qcompiler.plugins import registry
 from qcompiler.program import Input, Program, Type
 from qcompiler.recipe import Recipe

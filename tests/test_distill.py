@@ -1,16 +1,18 @@
 """distill: closer to the float model's predictions than what it is given, codes unchanged, and never worse."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import qcompiler
 from qcompiler import data
 from qcompiler.errors import PassError, RecipeError
 from qcompiler.passes.activations import Activations
-from qcompiler.passes.distill import Distill, Student, distance, divergence
+from qcompiler.passes.distill import Distill, Student, distance, divergence, outputs
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.nf4 import Nf4
 from qcompiler.passes.reference import unrounded
@@ -19,7 +21,7 @@ from qcompiler.pipeline import Context, Pass, Runner
 from qcompiler.program import Program
 from qcompiler.scheme import Scheme
 from qcompiler.testing import assert_conforms
-from tests.programs import located, tiny_encoder, tiny_llama
+from tests.programs import located, tiny_encoder, tiny_folder, tiny_llama
 
 LOW = Scheme.parse("int3:g16:asym")
 TUNE = Distill(steps=60, rate=0.01)
@@ -127,8 +129,6 @@ def test_gradients_are_those_of_the_numbers_moved() -> None:
 
 
 def run(student: Student, sample: dict[str, Tensor]) -> list[Tensor]:
-    from qcompiler.passes.distill import outputs
-
     return list(outputs(student.program, sample, student.tensors()).values())
 
 
@@ -158,3 +158,17 @@ def test_it_conforms() -> None:
     program = model()
     ran(program, Rtn(LOW))
     assert_conforms(Distill(steps=2), program)
+
+
+def test_a_recipe_of_its_own_passes_keeps_the_floats(tmp_path: Path) -> None:
+    """Plain rounding needs no data and runs before there is any; the floats must outlive it."""
+    session = qcompiler.compile(
+        tiny_folder(tmp_path),
+        "canonicalize, rtn{scheme=int3:g16}, distill{steps=30 rate=0.01}, kv_cache, pack",
+        calibration=[torch.randint(0, 16, (1, 12), generator=torch.Generator().manual_seed(2)) for _ in range(8)],
+        backend="reference",
+    )
+    [record] = [record for record in session.report.passes if record.name == "distill"]
+    before, after = map(float, record.notes[0].partition(": ")[2].split(" -> "))
+    assert 0 < after < before
+    assert qcompiler.explain(tmp_path, "canonicalize, rtn, distill, kv_cache, pack").passes[2].changed is False

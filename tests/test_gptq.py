@@ -185,3 +185,13 @@ def test_no_data_no_pattern_no_coverage() -> None:
     program.tensors["model.layers.0.input_layernorm.weight"] = torch.full((64,), float("inf"))
     with pytest.raises((ContractError, PassError), match="of 14 selected linear layers"):
         Runner(Context(samples=bad), []).run(program, [Gptq()])
+
+
+def test_it_reads_the_first_samples_only() -> None:
+    batches = [{"input_ids": torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(i))} for i in (1, 2)]
+    programs = [located(tiny_llama()) for _ in range(2)]
+    contexts = [Context(samples=batches), Context(samples=[{"input_ids": batches[0]["input_ids"][:3]}])]
+    for program, context, count in zip(programs, contexts, (3, 0), strict=True):
+        Runner(context, data.check_samples(program)).run(program, [Gptq(samples=count)])
+    assert programs[0].fingerprint() == programs[1].fingerprint()
+    assert contexts[0].samples is batches

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qcompiler import calibration, pipeline, plugins
 from qcompiler.calibration import Needs, Statistic
+from qcompiler.comparison import mean_kl, relative_change
 from qcompiler.errors import BackendError, ContractError, InputError, No, PassError, QCompilerError, RecipeError
-from qcompiler.pipeline import Context, Contract, Pass, Runner, mean_kl, relative_change
+from qcompiler.pipeline import Context, Contract, Pass, Runner
 from qcompiler.plugins import FrontEnd, Plugin, Registry
 from qcompiler.program import Program
 from qcompiler.report import LayerRecord

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcompiler import data
+from qcompiler.comparison import in_double
 from qcompiler.errors import RecipeError
 from qcompiler.ops import qc
 from qcompiler.passes.activations import Activations
@@ -22,7 +23,7 @@ from qcompiler.program import Program
 from qcompiler.recipe import Recipe
 from qcompiler.report import PassRecord
 from qcompiler.scheme import Scheme
-from qcompiler.testing import assert_conforms, in_double
+from qcompiler.testing import assert_conforms
 from tests.programs import tiny_encoder, tiny_llama
 from tests.test_canonicalize import canonical, random
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcompiler import data
+from qcompiler.comparison import in_double
 from qcompiler.errors import QCompilerError
 from qcompiler.ops import qc
 from qcompiler.passes.canonicalize import Canonicalize
-from qcompiler.pipeline import Context, Runner, in_double
+from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
 from qcompiler.sites import Kind, Site, find, find_with_ends
 from qcompiler.testing import check_sites
