@@ -31,7 +31,7 @@ from qcompiler.comparison import (
 )
 from qcompiler.errors import ContractError, No, PassError, QCompilerError
 from qcompiler.journal import Journal
-from qcompiler.program import Program
+from qcompiler.program import Decoded, Program
 from qcompiler.report import LayerRecord, Meter, PassRecord
 
 NOISE = 8.0  # times what the last bit of every weight does to the outputs an exact pass may change
@@ -160,7 +160,7 @@ class Runner:
     exact_tolerance: float = 2e-4
     records: list[PassRecord] = field(default_factory=list)
     _outputs: list[dict[str, Tensor]] | None = None
-    _decoded: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _decoded: Decoded = field(default_factory=Decoded)
     _measured: dict[tuple[str, Any], Any] = field(default_factory=dict)
 
     def run(self, program: Program, passes: Sequence[Pass], ahead: Sequence[Pass] = ()) -> None:

@@ -55,6 +55,10 @@ class Input:
     default: str = ""
 
 
+class Decoded(dict[tuple[int, ...], tuple[list[Tensor], Tensor]]):
+    """Decoded tensors by the identities of their records' parts, which are kept too."""
+
+
 @dataclass
 class Program:
     """A captured model.
@@ -308,17 +312,18 @@ class Program:
                 self.graph.erase_node(user)
         del self.quantized[name]
 
-    def decoded(self, known: "dict[int, tuple[Tensor, Tensor]] | None" = None) -> "Program":
+    def decoded(self, known: "Decoded | None" = None) -> "Program":
         """A copy whose quantized tensors are float tensors: the same results, without decoding at every call.
 
-        `known` is where a caller keeps what was decoded, by identity of the codes, for its next copy.
+        `known` is where a caller keeps what was decoded, by identity of the parts, for its next copy.
         """
-        copy, fresh = self.copy(), {}
+        copy, fresh = self.copy(), Decoded()
         for name in list(copy.quantized):
             weight = copy.qtensor(name)
-            codes, value = (known or {}).get(id(weight.codes), (None, None))
-            value = weight.dequantize() if value is None or codes is not weight.codes else value
-            fresh[id(weight.codes)] = (weight.codes, value)
+            parts = list(weight.parts().values())
+            key = tuple(map(id, parts))
+            value = known[key][1] if known and key in known else weight.dequantize()
+            fresh[key] = (parts, value)  # held: the identity of a part that is gone could be another's
             copy.restore_tensor(name, value)
         if known is not None:
             known.clear()

@@ -13,6 +13,7 @@ from qcompiler import data
 from qcompiler.errors import PassError, RecipeError
 from qcompiler.passes.activations import Activations
 from qcompiler.passes.distill import Distill, Student, distance, divergence, outputs
+from qcompiler.passes.fuse import Fuse
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.nf4 import Nf4
 from qcompiler.passes.reference import unrounded
@@ -172,3 +173,13 @@ def test_a_recipe_of_its_own_passes_keeps_the_floats(tmp_path: Path) -> None:
     before, after = map(float, record.notes[0].partition(": ")[2].split(" -> "))
     assert 0 < after < before
     assert qcompiler.explain(tmp_path, "canonicalize, rtn, distill, kv_cache, pack").passes[2].changed is False
+
+
+def test_what_is_checked_is_what_was_tuned() -> None:
+    """The codes stay: who keeps decoded weights must look at the scales too."""
+    program = model()
+    runner = ran(program, Rtn(LOW), TUNE)
+    outputs, *_ = runner._outputs or [{}]
+    assert torch.equal(outputs["logits"], program.decoded()(**runner.checks[0])["logits"])
+    runner.run(program, [Fuse()])
+    assert (runner.records[-1].output_change or 0.0) < 1e-4
