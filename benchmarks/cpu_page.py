@@ -14,7 +14,15 @@ HEAD = """\
 
 Written by `make bench-cpu`; the figures are those of `benchmarks/results/cpu.json`. SmolLM2-135M, two threads on
 {cpu}, every engine in a process of its own, all alternating in one run of {rounds} rounds: medians, and medians of the
-ratios by round. Prefill reads 512 tokens, decode writes 128 behind 16."""
+ratios by round. Prefill reads 512 tokens, decode writes 128 behind 16.
+
+gptq-w4a16 and gptq-w4a16-fast are recipes. "Tuned" is the latter with longer groups in the layers that have most
+columns, tuned end to end (`tuned-w4a16-fast` is the same with groups of 128 throughout):
+
+    qcompiler compile demo --samples 256 -o FOLDER -r 'canonicalize,
+        gptq{{scheme=int4:g128:asym samples=64 exclude=*.down_proj*}},
+        gptq{{scheme=int4:g256:asym samples=64 include=*.down_proj*}},
+        gptq{{scheme=int4:g64:asym samples=64 include=@head}}, distill{{steps=128}}, fuse, kv_cache, pack'"""
 PARTS = """\
 What a step of {model} ({step_ms:.2f} ms, 64 steps behind 16 tokens) saves without each part, medians of {rounds} rounds
 (`python benchmarks/decode_parts.py FOLDER`). They do not add up: without one part the next finds other data in the
