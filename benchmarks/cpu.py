@@ -4,9 +4,9 @@
         [--genai PYTHON=FOLDER] [--openvino PYTHON=FOLDER] [--torchao PYTHON=HF_FOLDER] [--rounds 7] [--text FILE]
 
 All use two threads. Prefill is 512 tokens with the logits of the last, decode 128 single tokens; while one measures,
-the others wait. Every engine lives in a process of its own, ours in plain onnxruntime (peers/onnxruntime_bench.py), so
-that memory is comparable. Ratios are medians of the ratios by round. peers/README.md says how the environments are
-made.
+the others wait. Every engine lives in processes of its own, a new one each round, ours in plain onnxruntime
+(peers/onnxruntime_bench.py), so that memory is comparable. Ratios are medians of the ratios by round. peers/README.md
+says how the environments are made.
 """
 
 import argparse
@@ -95,11 +95,23 @@ class Engine:
 
     def __init__(self, kind: str, python: str, model: str, threads: int) -> None:
         script, *rest = SCRIPTS[kind]
-        command = [python, str(PEERS / script), model, *rest, "--threads", str(threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.kind, self.command = kind, [python, str(PEERS / script), model, *rest, "--threads", str(threads)]
         self.load_s, self.peak, self.long_peak = 0.0, 0.0, 0.0
-        greeting = self._answer()
-        self.load_s = float(greeting["load_s"])
+        self.start()
+
+    def start(self) -> None:
+        """A process of its own, waiting for commands."""
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self.load_s = float(self._answer()["load_s"])
+
+    def renew(self, what: str) -> None:
+        """Another process, warm: where the memory of one happens to lie makes some per cent."""
+        if self.kind != "torchao":  # it compiles for a minute first
+            self.close()
+            self.start()
+            self.ask(what)
 
     def ask(self, command: str) -> float:
         """Tokens a second."""
@@ -108,9 +120,9 @@ class Engine:
         self.process.stdin.flush()
         found = self._answer()
         if command == "long":
-            self.long_peak = found["peak_rss_mb"]
+            self.long_peak = max(self.long_peak, found["peak_rss_mb"])
         else:
-            self.peak = found["peak_rss_mb"]
+            self.peak = max(self.peak, found["peak_rss_mb"])
         return float(found["tokens_per_s"])
 
     def _answer(self) -> dict[str, Any]:
@@ -127,13 +139,14 @@ class Engine:
 
 
 def alternate(engines: dict[str, Engine], what: str, rounds: int) -> dict[str, list[float]]:
-    """Every engine once unmeasured, then one after the other, `rounds` times."""
+    """One engine after the other, `rounds` times, each in a new process that did the same once, unmeasured."""
     for engine in engines.values():
         engine.ask(what)
     samples: dict[str, list[float]] = {name: [] for name in engines}
     for i in range(rounds):
         # In both directions in turn: who follows whom must not matter.
         for name, engine in list(engines.items())[:: 1 if i % 2 == 0 else -1]:
+            engine.renew(what)
             samples[name].append(engine.ask(what))
     return samples
 

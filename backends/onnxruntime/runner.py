@@ -35,14 +35,18 @@ DTYPES = {
 }
 
 
-def open_session(path: Path, threads: int | None) -> ort.InferenceSession:
-    """An ONNX Runtime session on the CPU; BackendError if ONNX Runtime refuses the file."""
+def open_session(path: Path, threads: int | None, yields: bool = False) -> ort.InferenceSession:
+    """An ONNX Runtime session on the CPU; BackendError if ONNX Runtime refuses the file.
+
+    One that `yields` has no thread spinning once a run is over: another session works next.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
     options.add_session_config_entry(SPINNING, "1")
+    options.add_session_config_entry("session.force_spinning_stop", str(int(yields)))
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises classes of its own, without a common parent
@@ -61,7 +65,7 @@ class OnnxRunner(Runner):
     ) -> None:
         self.program = program
         self.session = open_session(folder / MODEL, threads)
-        self.reader = open_session(folder / PROMPT, threads) if (folder / PROMPT).exists() else None
+        self.reader = open_session(folder / PROMPT, threads, yields=True) if (folder / PROMPT).exists() else None
         optional = self.session.get_overridable_initializers()
         self.inputs = [i.name for i in (*self.session.get_inputs(), *optional)]
         held = {i.name: DTYPES[i.type] for i in self.session.get_inputs()}

@@ -28,6 +28,7 @@ class Folder:
         settings = ort.SessionOptions()
         settings.intra_op_num_threads, settings.log_severity_level = options.threads, 3
         self.session = ort.InferenceSession(options.model / "model.onnx", settings)
+        settings.add_session_config_entry("session.force_spinning_stop", "1")  # the decoding session needs the cores
         reader = options.model / "prompt.onnx"
         self.reader = ort.InferenceSession(reader, settings) if reader.exists() else None
         self.caches = [i for i in self.session.get_inputs() if i.name.startswith("past_")]
