@@ -111,7 +111,7 @@ class Engine:
         if self.kind != "torchao":  # it compiles for a minute first
             self.close()
             self.start()
-            self.ask(what)
+        self.ask(what)
 
     def ask(self, command: str) -> float:
         """Tokens a second."""
@@ -140,8 +140,6 @@ class Engine:
 
 def alternate(engines: dict[str, Engine], what: str, rounds: int) -> dict[str, list[float]]:
     """One engine after the other, `rounds` times, each in a new process that did the same once, unmeasured."""
-    for engine in engines.values():
-        engine.ask(what)
     samples: dict[str, list[float]] = {name: [] for name in engines}
     for i in range(rounds):
         # In both directions in turn: who follows whom must not matter.

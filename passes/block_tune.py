@@ -18,7 +18,7 @@ from qcompiler.calibration import Needs, Sample, Segment
 from qcompiler.errors import PassError, RecipeError
 from qcompiler.execution import execute
 from qcompiler.passes.gptq import Gptq
-from qcompiler.passes.reference import outputs, unrounded
+from qcompiler.passes.reference import outputs, relative_error, unrounded
 from qcompiler.passes.rtn import Rtn, layer_record
 from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
 from qcompiler.passes.statistics import Hessian
@@ -183,13 +183,9 @@ class Block:
         """The mean squared error on sample i relative to each token's energy, for these weights."""
         env, targets = self.segment.inputs[i], self.targets[i]
         execute(self.segment.nodes, env, {**self.program.tensors, **weights})
-        real = self.samples[i].get("attention_mask")
         total = torch.zeros(())
         for node, target in zip(self.outputs, self.wanted, strict=True):
-            wanted = targets[target].float()
-            lost = (env[node].float() - wanted).pow(2).sum(-1) / wanted.pow(2).sum(-1).clamp(min=1e-12)
-            padded = real is not None and real.shape == lost.shape
-            total = total + (lost[real != 0] if padded else lost).mean()
+            total = total + relative_error(env[node], targets[target], self.samples[i])
         return total / len(self.outputs)
 
     def loss(self, weights: Mapping[str, Tensor]) -> float:

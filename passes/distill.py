@@ -18,7 +18,7 @@ from qcompiler.calibration import Sample
 from qcompiler.errors import No, PassError, RecipeError
 from qcompiler.execution import execute
 from qcompiler.passes.block_tune import differentiable, pieces
-from qcompiler.passes.reference import unrounded
+from qcompiler.passes.reference import over_tokens, relative_error, unrounded
 from qcompiler.passes.selection import NORMS
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
@@ -188,11 +188,10 @@ def distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sample: 
     """KL divergence of the logits in nats a token; of other outputs the squared error relative to each row's size."""
     if "logits" in wanted:
         p, q = wanted["logits"].float().log_softmax(-1), found["logits"].float().log_softmax(-1)
-        return _mean((p.exp() * (p - q)).sum(-1), sample)
+        return over_tokens((p.exp() * (p - q)).sum(-1), sample)
     total = torch.zeros(())
     for name, value in wanted.items():
-        error = (found[name].float() - value.float()).pow(2).sum(-1)
-        total = total + _mean(error / value.float().pow(2).sum(-1).clamp(min=1e-12), sample)
+        total = total + relative_error(found[name], value, sample)
     return total / max(1, len(wanted))
 
 
@@ -200,9 +199,3 @@ def divergence(teacher: Program, student: Student, sample: Sample) -> float:
     """How far the student is from the teacher on a sample."""
     wanted = outputs(teacher, sample, teacher.tensors)
     return float(distance(outputs(student.program, sample, student.tensors()), wanted, sample))
-
-
-def _mean(rows: Tensor, sample: Sample) -> Tensor:
-    """The mean of [batch, sequence] over the tokens that are no padding."""
-    real = sample.get("attention_mask")
-    return (rows[real != 0] if real is not None and real.shape == rows.shape else rows).mean()

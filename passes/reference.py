@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from torch import fx
+from torch import Tensor, fx
 
+from qcompiler.calibration import Sample
 from qcompiler.ops import qc
 from qcompiler.program import Program, Type
 
@@ -29,3 +30,16 @@ def unrounded(program: Program) -> Program:
             node.replace_all_uses_with(node.all_input_nodes[0])
             copy.graph.erase_node(node)
     return copy
+
+
+def relative_error(found: Tensor, wanted: Tensor, sample: Sample) -> Tensor:
+    """The mean squared error relative to each token's energy."""
+    wanted = wanted.float()
+    lost = (found.float() - wanted).pow(2).sum(-1) / wanted.pow(2).sum(-1).clamp(min=1e-12)
+    return over_tokens(lost, sample)
+
+
+def over_tokens(values: Tensor, sample: Sample) -> Tensor:
+    """The mean of [batch, sequence] over the tokens that are no padding."""
+    real = sample.get("attention_mask")
+    return (values[real != 0] if real is not None and real.shape == values.shape else values).mean()
