@@ -14,7 +14,8 @@ HEAD = """\
 
 Written by `make bench-cpu`; the figures are those of `benchmarks/results/cpu.json`. SmolLM2-135M, two threads on
 {cpu}, every engine in a process of its own, a new one each round (but for torchao's, which compiles first), all
-alternating in one run of {rounds} rounds: medians, and medians of the ratios by round. Prefill reads 512 tokens, decode writes 128 behind 16.
+alternating in one run of {rounds} rounds: medians, and medians of the ratios by round.
+Prefill reads 512 tokens, decode writes 128 behind 16.
 
 gptq-w4a16 and gptq-w4a16-fast are recipes. "Tuned" is the latter with longer groups in the layers that have most
 columns, tuned end to end (`tuned-w4a16-fast` is the same with groups of 128 throughout):
