@@ -196,7 +196,7 @@ def perplexities(options: argparse.Namespace, ours: dict[str, str]) -> dict[str,
     tokens = encode(next(iter(sessions.values())).tokenizer, options.text.read_text(encoding="utf-8"))
     rows = tokens[: 512 * options.windows].view(-1, 512)
     found = {name: {"perplexity": perplexity(s, tokens, 512, options.windows)} for name, s in sessions.items()}
-    for name in [name for name, folder in ours.items() if Path(folder, "prompt.onnx").exists()]:
+    for name in [name for name, folder in ours.items() if Path(folder, "prompt.0.onnx").exists()]:
         found[name]["behind_integer_prompt"] = behind_prompts(sessions[name].runner, rows)
         sessions[name].runner.reader = None
         found[name]["behind_prompt"] = behind_prompts(sessions[name].runner, rows)

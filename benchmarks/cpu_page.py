@@ -32,8 +32,9 @@ PROMPTS = """\
 ## Prompts read in integers
 
 `--backend 'onnxruntime{integer_prompt=true}'` writes a second form of the graph, which fills the caches and has no
-head: its weights are rounded to 8 bits, one scale a row, what they multiply to 8 bits, one scale a token. It costs
-memory for these weights. Perplexity of 256 tokens, one by one behind the 256 before them:"""
+head: its weights are rounded to 8 bits, one scale a row, what they multiply to 8 bits, one scale a token. It is cut
+into four pieces, and the weights of one are in memory at a time. Perplexity of 256 tokens, one by one behind the 256
+before them:"""
 CACHE = """\
 ## A cache of codes
 

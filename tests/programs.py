@@ -233,8 +233,8 @@ def _later_linear(program: Program, node: fx.Node) -> bool:
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "far", "away", "from", "home", "to", "sea"]
 
 
-def tiny_folder(folder: Path) -> Path:
-    """A model folder as transformers writes it: a random llama of two layers, and a tokenizer of sixteen words."""
+def tiny_folder(folder: Path, layers: int = 2) -> Path:
+    """A model folder as transformers writes it: a random llama, and a tokenizer of sixteen words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -246,7 +246,7 @@ def tiny_folder(folder: Path) -> Path:
         vocab_size=len(vocabulary),
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         eos_token_id=None,

@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 import qcompiler
-from qcompiler.backends.onnxruntime import OnnxRuntime
+from qcompiler.backends.onnxruntime import OnnxRuntime, buffers, reader
 from qcompiler.backends.onnxruntime.buffers import LONG
-from qcompiler.backends.onnxruntime.prompt import prompt_form
+from qcompiler.backends.onnxruntime.prompt import cut, prompt_form
+from qcompiler.data import check_samples
 from qcompiler.errors import RecipeError
 from qcompiler.ops import qc
 from qcompiler.passes.rtn import Rtn
-from qcompiler.pipeline import Context
+from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
-from qcompiler.recipe import build_backend
+from qcompiler.recipe import Recipe, build_backend
 from qcompiler.scheme import Scheme
 from tests.programs import tiny_encoder, tiny_folder, tiny_llama
 from tests.test_padding import decoder_program
@@ -30,6 +31,15 @@ def program() -> Program:
     made = decoder_program()
     Rtn(Scheme.parse("int4:g32")).run(made, Context())
     made.clean()
+    return made
+
+
+def coded(cache: str = "int8:channel:sym", layers: int = 2) -> Program:
+    """A decoder of 4 bits whose cache holds codes."""
+    made = tiny_llama(layers=layers)
+    recipe = f"rtn{{scheme=int4:g32}}, kv{{key={cache} value={cache}}}, fuse, kv_cache"
+    samples = [{"input_ids": torch.randint(0, 80, (8, 24), generator=torch.Generator().manual_seed(6))}]
+    Runner(Context(samples=samples), check_samples(made)).run(made, Recipe.parse(recipe).passes)
     return made
 
 
@@ -92,7 +102,7 @@ def test_a_saved_folder_keeps_it(tmp_path: Path) -> None:
     model = tiny_folder(tmp_path / "model")
     session = qcompiler.compile(model, "rtn-w4a16", backend="onnxruntime{integer_prompt=true threads=1}")
     session.save(tmp_path / "out")
-    assert (tmp_path / "out" / "prompt.onnx.data").exists()
+    assert (tmp_path / "out" / "prompt.0.onnx.data").exists()
     ids = IDS[:1] % 16
     steps = [s.runner.decoder(1, COUNT).step(ids) for s in (session, qcompiler.load(tmp_path / "out"))]
     assert torch.equal(*steps)
@@ -124,11 +134,107 @@ def test_programs_that_have_no_such_form_say_why(made: object, reason: str) -> N
 
 def test_without_a_cache_nothing_is_added(tmp_path: Path) -> None:
     BACKEND.lower(tiny_llama(), tmp_path)
-    assert not (tmp_path / "prompt.onnx").exists()
+    assert not (tmp_path / "prompt.0.onnx").exists()
 
 
 def test_a_folder_without_it_is_lowered_again_when_it_is_asked_for(tmp_path: Path) -> None:
     qcompiler.compile(tiny_folder(tmp_path / "model"), "rtn-w4a16", backend="onnxruntime").save(tmp_path / "out")
     runner = qcompiler.load(tmp_path / "out", "onnxruntime{integer_prompt=true}").runner
     assert runner.reader is not None  # type: ignore[attr-defined]
-    assert not (tmp_path / "out" / "prompt.onnx").exists()
+    assert not (tmp_path / "out" / "prompt.0.onnx").exists()
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """Five blocks that know where they come from."""
+    folder = tiny_folder(tmp_path_factory.mktemp("deep"), layers=5)
+    program: Program = qcompiler.compile(
+        folder, "canonicalize, rtn{scheme=int4:g32}, fuse, kv_cache", backend="onnxruntime"
+    ).program
+    return program
+
+
+@pytest.mark.parametrize(("count", "blocks"), [(1, [5]), (2, [3, 2]), (4, [2, 2, 1]), (9, [1, 1, 1, 1, 1])])
+def test_pieces_one_after_the_other_are_the_whole_form(deep: Program, count: int, blocks: list[int]) -> None:
+    form, ids = prompt_form(deep), IDS % 16
+    pieces = cut(form, count)
+    assert [len(list(piece.calls(qc.cached_attention))) for piece in pieces] == blocks
+    left: dict[str, Tensor] = {}
+    for piece in pieces:
+        piece.verify()
+        names = {spec.name for spec in piece.inputs}
+        left |= piece(input_ids=ids, **{name: value for name, value in left.items() if name in names})
+    for name, expected in form(input_ids=ids).items():
+        assert torch.equal(left[name], expected)
+    linears = [len(list(piece.calls(qc.integer_linear))) for piece in pieces]
+    assert sum(linears) == len(list(form.calls(qc.integer_linear)))
+
+
+def test_a_program_that_knows_of_no_blocks_is_one_piece(program: Program) -> None:
+    assert len(cut(prompt_form(program))) == 1
+
+
+def test_a_piece_is_given_its_weights(deep: Program, tmp_path: Path) -> None:
+    """They are no part of the session, which would pack them into memory of its own."""
+    pieces = BACKEND.lower(deep, tmp_path).reader.pieces  # type: ignore[attr-defined]
+    assert len(pieces) == 3
+    given = sum(spec.type == "tensor(int8)" for piece in pieces for spec in piece.session.get_inputs())
+    assert given == len(list(prompt_form(deep).calls(qc.integer_linear)))
+    found = BACKEND.load(deep, tmp_path).decoder(1, COUNT).step(IDS[:1] % 16)
+    expected = by_meaning(deep, IDS[:1] % 16)
+    assert float((found - expected).norm() / expected.norm()) < 1e-2  # one code more or less here and there
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_a_long_prompt_is_read_a_part_at_a_time(
+    program: Program, integers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = OnnxRuntime(accuracy_level=0, threads=1, integer_prompt=integers)
+    expected = backend.lower(program).decoder(1, COUNT).step(IDS[:1])
+    for module in (buffers, reader):
+        monkeypatch.setattr(module, "AT_ONCE", 9)
+    decoder = backend.lower(program).decoder(1, 2 * COUNT)
+    torch.testing.assert_close(decoder.step(IDS[:1]), expected, rtol=1e-4, atol=1e-4)
+    text = torch.cat([IDS[:1], IDS[1:2]], 1)
+    then = program(input_ids=text)["logits"][:, -1]
+    found = decoder.step(IDS[1:2])  # behind a past, from parts again
+    assert float((found - then).norm() / then.norm()) < 0.03
+    padded, mask = torch.cat([IDS[:1, :3], IDS[:1]], 1), torch.ones(1, COUNT + 3, dtype=torch.int64)
+    mask[:, :3] = 0
+    torch.testing.assert_close(
+        backend.lower(program).decoder(1, COUNT + 3).step(padded, mask), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_cache_of_codes_is_filled_with_what_the_form_found_rounded() -> None:
+    program = coded(layers=3)
+    decoder = BACKEND.lower(program).decoder(1, 2 * COUNT)
+    found = decoder.step(IDS[:1])
+    form = prompt_form(program)(input_ids=IDS[:1, :-1])
+    for past, present in program.info["caches"].items():
+        codes = decoder.caches[past]  # type: ignore[attr-defined]
+        assert codes.dtype == torch.int8
+        expected = (form[present] / form[f"{past}.scale"]).round().clamp(-128, 127)
+        assert float((codes[:, :, : COUNT - 1].float() - expected).abs().max()) <= 1
+    expected = program(input_ids=IDS[:1])["logits"][:, -1]
+    assert float((found - expected).norm() / expected.norm()) < 0.03
+    # Attention of the second form reads floats: behind codes the first one goes on.
+    text = torch.cat([IDS[:1], IDS[1:2]], 1)
+    expected = program(input_ids=text)["logits"][:, -1]
+    assert float((decoder.step(IDS[1:2]) - expected).norm() / expected.norm()) < 0.03
+
+
+def test_rows_of_a_padded_batch_fill_codes() -> None:
+    runner = BACKEND.lower(coded())
+    mask = (torch.arange(COUNT) >= torch.tensor([[0], [5]])).long()
+    decoder = runner.decoder(2, COUNT + 1)
+    found = decoder.step(IDS[:2], mask)
+    for row, pad in enumerate((0, 5)):
+        alone = runner.decoder(1, COUNT + 1).step(IDS[row : row + 1, pad:])[0]
+        assert float((found[row] - alone).norm() / alone.norm()) < 0.01
+
+
+def test_caches_of_four_bits_are_read_by_the_first_form() -> None:
+    runner = BACKEND.lower(coded("int4:channel:sym"))
+    assert any("into caches of floats or of 8 bits" in str(no) for no in runner.refusals)
+    assert runner.reader is None  # type: ignore[attr-defined]

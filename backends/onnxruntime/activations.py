@@ -119,7 +119,13 @@ def multiplied(
 ) -> ir.Value:
     """Codes x on one grid times the codes of a weight, added up in integers, plus bias."""
     scales, shape = row_scales(weight), (weight.columns, weight.rows)
-    turned = Stored(shape, torch.int8, lambda: int8_codes(weight).T.contiguous(), f"{name}::signed")
+    turned = Stored(
+        shape,
+        torch.int8,
+        lambda: int8_codes(weight).T.contiguous(),
+        f"{name}::signed",
+        given=low.options.weights_given,
+    )
     rows = low.graph.store(
         f"{name}::row scales", Stored((weight.rows,), torch.float32, lambda: scales, f"{name}::rows")
     )

@@ -2,7 +2,7 @@
 
 import importlib.util
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,8 +26,9 @@ class OnnxRuntime(Backend):
     longest sequence that rotary tables are made for, where the model itself is not limited to less. `opset_only`
     writes operators of the ONNX standard alone, for other runtimes: slower here. With `top` k > 0 the graph has the
     outputs top_ids, int64 [batch, positions, k], the most likely tokens in order, and top_logits too: who binds these
-    alone moves no logits out of it. `integer_prompt` writes a second graph, prompt.onnx, that reads prompts in 8-bit
-    integers: faster, a little less exact, and another copy of the weights, of 8 bits, on disk and in memory.
+    alone moves no logits out of it. `integer_prompt` writes a second form, prompt.0.onnx and following, that reads
+    prompts in 8-bit integers: faster, a little less exact, and another copy of the weights, of 8 bits, on disk; of it
+    a quarter at a time is in memory.
     """
 
     name: ClassVar[str] = "onnxruntime"
@@ -60,7 +61,7 @@ class OnnxRuntime(Backend):
         from qcompiler.backends.onnxruntime.genai import write_config
         from qcompiler.backends.onnxruntime.lowering import Options
         from qcompiler.backends.onnxruntime.names import PROMPT
-        from qcompiler.backends.onnxruntime.prompt import prompt_form, readable
+        from qcompiler.backends.onnxruntime.prompt import cut, prompt_form, readable
         from qcompiler.backends.onnxruntime.rules import export
         from qcompiler.backends.onnxruntime.runner import OnnxRunner
 
@@ -74,7 +75,8 @@ class OnnxRuntime(Backend):
         about = export(program, place, options)
         answers = [readable(program, about)] if self.integer_prompt else []
         if self.integer_prompt and all(answers):
-            export(prompt_form(program), place, options, PROMPT)
+            for i, piece in enumerate(cut(prompt_form(program))):
+                export(piece, place, replace(options, weights_given=True), PROMPT.format(i))
         runner = OnnxRunner(program, place, self.threads, temporary)
         answers += [write_config(program, place, runner.about, runner.inputs)] if program.caches else []
         runner.refusals = tuple(answer for answer in answers if isinstance(answer, No))

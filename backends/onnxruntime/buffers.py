@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.onnxruntime.names import MASK
+from qcompiler.backends.onnxruntime.reader import AT_ONCE, PromptReader
+from qcompiler.backends.onnxruntime.sessions import bind
 from qcompiler.errors import BackendError
 from qcompiler.padding import Shift
 from qcompiler.program import Program, Type
@@ -27,7 +29,7 @@ class SharedDecoder(Decoder):
         caches: Mapping[str, Type],
         batch: int,
         capacity: int,
-        reader: ort.InferenceSession | None = None,
+        reader: PromptReader | None = None,
     ) -> None:
         self.program, self.session, self.inputs = program, session, inputs
         self.reader = reader  # the form that reads prompts, if there is one: see prompt.py
@@ -65,42 +67,51 @@ class SharedDecoder(Decoder):
 
     def _prompt(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Several positions at once; the logits of each row's last."""
-        new, start = ids.shape[1], int(self.lengths.max())
-        counts = torch.full_like(self.lengths, new)
+        counts = torch.full_like(self.lengths, ids.shape[1])
         if mask is not None and not bool(mask.all()):
             shift = Shift.of(mask)
-            ids, counts = shift.to_front(ids), new - shift.pads
-        positions = torch.arange(start, start + new).repeat(len(ids), 1)
-        if self.reader is not None and int(counts.min()) > LONG:
-            return self._read(self.reader, ids, positions, counts)
+            ids, counts = shift.to_front(ids), counts - shift.pads
+        if len(ids) == 1:
+            ids = ids[:, : int(counts)]
+        if self.reader is not None and int(counts.min()) > LONG and self.reader.takes(self.caches, self.lengths):
+            return self._read(self.reader, ids, counts)
+        if len(ids) > 1:
+            return self._append(ids, counts)
+        return [self._append(part, torch.tensor([part.shape[1]])) for part in ids.split(AT_ONCE, dim=1)][-1]
+
+    def _append(self, ids: Tensor, counts: Tensor) -> Tensor:
+        """The first `counts` of each row's ids in one run; the logits of the last of them."""
+        ids, positions = ids.contiguous(), self._positions(ids)  # they must outlive the binding
         self._lengthen(counts)
         kept, row = torch.unique(counts - 1, return_inverse=True)
-        ids = ids.contiguous()  # it must outlive the binding
         binding = self._bind(ids, positions, kept)
-        self._run(binding, start + new)
+        self._run(binding, int(positions[0, -1]) + 1)
         logits = torch.from_numpy(binding.get_outputs()[0].numpy())
         return logits[torch.arange(len(ids)), row]
 
-    def _read(self, reader: ort.InferenceSession, ids: Tensor, positions: Tensor, counts: Tensor) -> Tensor:
+    def _read(self, reader: PromptReader, ids: Tensor, counts: Tensor) -> Tensor:
         """A prompt but for each row's last token, which the first form then adds."""
         last = ids.gather(1, counts[:, None] - 1)
-        ids, positions = ids[:, :-1].contiguous(), positions[:, :-1].contiguous()
-        total = int(self.lengths.max()) + ids.shape[1]
+        positions = self._positions(ids)
         self._lengthen(counts - 1)
-        binding = reader.io_binding()
-        self._bind_buffers(binding, [spec.name for spec in reader.get_inputs()], {"position_ids": positions}, ids)
-        self._run(binding, total, reader)
+        given = {self.program.inputs[0].name: ids[:, :-1], "position_ids": positions[:, :-1]}
+        reader.read(given, self.mask, self.caches)
         return self.step(last)
+
+    def _positions(self, ids: Tensor) -> Tensor:
+        """The positions of further ids."""
+        start = int(self.lengths.max())
+        return torch.arange(start, start + ids.shape[1]).repeat(len(ids), 1)
 
     def _lengthen(self, counts: Tensor) -> None:
         """Count so many more tokens of each row, and unmask them."""
         self.lengths += counts
         self.mask.copy_(torch.arange(self.capacity) < self.lengths[:, None])
 
-    def _run(self, binding: ort.IOBinding, total: int, session: ort.InferenceSession | None = None) -> None:
+    def _run(self, binding: ort.IOBinding, total: int) -> None:
         mask = self.mask[:, :total].contiguous()  # it must outlive the run
         bind(binding.bind_input, MASK, mask)
-        (session or self.session).run_with_iobinding(binding)
+        self.session.run_with_iobinding(binding)
 
     def _bind(self, ids: Tensor, positions: Tensor, kept: Tensor, logits: Tensor | None = None) -> ort.IOBinding:
         """A binding of all buffers but the mask; without one for the logits they are made as large as they get."""
@@ -109,19 +120,14 @@ class SharedDecoder(Decoder):
             binding.bind_output("logits", "cpu")
         else:
             bind(binding.bind_output, "logits", logits)
-        self._bind_buffers(binding, self.inputs, {"position_ids": positions, "logits_positions": kept}, ids)
-        return binding
-
-    def _bind_buffers(
-        self, binding: ort.IOBinding, names: Sequence[str], given: Mapping[str, Tensor], ids: Tensor
-    ) -> None:
-        """Bind the inputs of those names but the mask, and the caches as outputs."""
+        given = {"position_ids": positions, "logits_positions": kept}
         buffers = {self.program.inputs[0].name: ids, **given, **self.caches}
-        for name in names:
+        for name in self.inputs:
             if name != MASK:
                 bind(binding.bind_input, name, buffers[name])
         for past, present in self.program.info["caches"].items():
             bind(binding.bind_output, present, self.caches[past])
+        return binding
 
 
 def empty(kind: Type, batch: int, past: int = 0, kept: int = 1) -> Tensor:
@@ -129,8 +135,3 @@ def empty(kind: Type, batch: int, past: int = 0, kept: int = 1) -> Tensor:
     sizes = {"batch": batch, "past": past, "kept": kept}
     shape = [sizes[size] if isinstance(size, str) else size for size in kind.shape]
     return torch.zeros(shape, dtype=kind.dtype)
-
-
-def bind(how: Any, name: str, tensor: Tensor) -> None:
-    """Bind a tensor's memory as an input or an output; the tensor must outlive the binding."""
-    how(name, "cpu", 0, tensor.numpy().dtype, tuple(tensor.shape), tensor.data_ptr())

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from qcompiler.backends.onnxruntime.graph import Stored
 from qcompiler.backends.onnxruntime.lowering import Lowering
 from qcompiler.errors import No
-from qcompiler.program import Type
+from qcompiler.program import Program, Type
 from qcompiler.rewrite import named_arguments
 from qcompiler.rounding import group_size
 from qcompiler.scheme import Scheme
@@ -44,7 +44,8 @@ class Storage:
         if key.bits != value.bits:
             return No(f"GroupQueryAttention stores keys and values alike, not in {key.bits} and {value.bits} bits")
         pairs = ((key, "key_grid", "k"), (value, "value_grid", "v"))
-        return cls(key.bits, tuple(_spread(low, scheme, given[grid], given[x]) for scheme, grid, x in pairs))
+        scales = (spread(low.program, scheme, given[grid], given[x]) for scheme, grid, x in pairs)
+        return cls(key.bits, tuple(scale.reshape(-1) for scale in scales))
 
     def types(self, kinds: Sequence[Type]) -> list[Type]:
         """The types in which caches of these types are stored."""
@@ -71,13 +72,9 @@ def _stored(low: Lowering, name: str, scale: Tensor) -> ir.Value:
     return low.graph.store(name, Stored(tuple(scale.shape), torch.float32, lambda: scale, name))
 
 
-def _spread(low: Lowering, scheme: Scheme, grid: Sequence[fx.Node], x: fx.Node) -> Tensor:
-    """A static scale, [heads, 1, groups], for each channel."""
+def spread(program: Program, scheme: Scheme, grid: Sequence[fx.Node], x: fx.Node) -> Tensor:
+    """A static scale, [heads, 1, groups], for each channel of x [batch, heads, sequence, d]: [heads, 1, d]."""
     heads, width = x.meta["type"].shape[1], x.meta["type"].shape[3]
-    scale = low.program.tensors[str(grid[0].target)].float()
-    return (
-        scale.repeat_interleave(group_size(scheme, width), -1)[..., :width]
-        .expand(heads, 1, width)
-        .reshape(-1)
-        .contiguous()
-    )
+    scale = program.tensors[str(grid[0].target)].float()
+    wide = scale.repeat_interleave(group_size(scheme, width), -1)[..., :width]
+    return wide.expand(heads, 1, width).contiguous()

@@ -40,7 +40,8 @@ TORCH_DTYPES = {theirs: ours for ours, theirs in ONNX_DTYPES.items()}
 class Stored:
     """A tensor to be written, made when it is written: one at a time is in memory.
 
-    Two tensors with the same `key` have the same bytes, perhaps in another shape, and are written once.
+    Two tensors with the same `key` have the same bytes, perhaps in another shape, and are written once. One that is
+    `given` becomes an input of the graph: who runs it finds the place of its bytes in the metadata, "given".
     """
 
     shape: tuple[int, ...]
@@ -48,6 +49,7 @@ class Stored:
     make: Callable[[], Tensor]
     key: str
     kind: ir.DataType | None = None  # of elements that torch does not have; `make` gives their bytes, uint8
+    given: bool = False
 
     @property
     def element(self) -> ir.DataType:
@@ -152,16 +154,18 @@ class Graph:
         initializers = [value for value in (*self.constants.values(), *self.defaults) if value in used]
         pairs = [pair for pair in self.stored.values() if pair[0] in used]
         write_tensors(pairs, folder, f"{model}{DATA}")
+        given = {str(value.name): separate(value) for value, stored in pairs if stored.given}
+        initializers += [value for value, stored in pairs if not stored.given]
         graph = ir.Graph(
-            [value for value in inputs if value in used],
+            [value for value in (*inputs, *(value for value, stored in pairs if stored.given)) if value in used],
             ends,
             nodes=nodes,
-            initializers=[*initializers, *(value for value, _ in pairs)],
+            initializers=initializers,
             opset_imports={**self.imports, **needed_domains(nodes), "": OPSET},
             name="program",
         )
         counts = collections.Counter(node.op_type for node in nodes)
-        note = json.dumps({"nodes": dict(counts.most_common()), **about})
+        note = json.dumps({"nodes": dict(counts.most_common()), **about, **({"given": given} if given else {})})
         made = ir.Model(
             graph,
             ir_version=IR_VERSION,
@@ -240,6 +244,13 @@ def write_tensors(pairs: Iterable[tuple[ir.Value, Stored]], folder: Path, data: 
                 name=str(value.name),
                 base_dir=folder,
             )
+
+
+def separate(value: ir.Value) -> int:
+    """Where a value's bytes begin in the data file; the value itself no longer knows."""
+    assert isinstance(value.const_value, ir.ExternalTensor)
+    offset, value.const_value = value.const_value.offset, None
+    return int(offset or 0)
 
 
 def typed(value: ir.Value, kind: Type) -> ir.Value:

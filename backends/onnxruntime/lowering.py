@@ -24,13 +24,14 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """How to lower: see `OnnxRuntime`."""
+    """How to lower: see `OnnxRuntime`, and prompt.py about `weights_given`."""
 
     accuracy_level: int = 4
     padding: bool = False
     max_positions: int = 8192
     opset_only: bool = False
     top: int = 0
+    weights_given: bool = False
 
 
 Rule = Callable[..., Any]  # (lowering, result type, *arguments in schema order) -> value or list of values

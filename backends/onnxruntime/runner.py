@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.onnxruntime.buffers import SharedDecoder, empty
-from qcompiler.backends.onnxruntime.names import MASK, METADATA, MODEL, PROMPT
+from qcompiler.backends.onnxruntime.names import MASK, METADATA, MODEL
+from qcompiler.backends.onnxruntime.reader import PromptReader
+from qcompiler.backends.onnxruntime.sessions import SPINNING, open_session
 from qcompiler.errors import BackendError, No
 from qcompiler.padding import Shift
 from qcompiler.program import Program, Type
 from qcompiler.target import NO_CACHE, Answer, Decoder, GrowingDecoder, Runner
 
-SPINNING = "session.intra_op.allow_spinning"
 DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -35,24 +36,6 @@ DTYPES = {
 }
 
 
-def open_session(path: Path, threads: int | None, yields: bool = False) -> ort.InferenceSession:
-    """An ONNX Runtime session on the CPU; BackendError if ONNX Runtime refuses the file.
-
-    One that `yields` has no thread spinning once a run is over: another session works next.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3
-    options.add_session_config_entry(SPINNING, "1")
-    options.add_session_config_entry("session.force_spinning_stop", str(int(yields)))
-    try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises classes of its own, without a common parent
-        raise BackendError(f"ONNX Runtime does not open {path.name}: {error}") from error
-
-
 class OnnxRunner(Runner):
     """A program in an ONNX Runtime session."""
 
@@ -65,7 +48,7 @@ class OnnxRunner(Runner):
     ) -> None:
         self.program = program
         self.session = open_session(folder / MODEL, threads)
-        self.reader = open_session(folder / PROMPT, threads, yields=True) if (folder / PROMPT).exists() else None
+        self.reader = PromptReader.of(folder, threads, program.info.get("caches", {}))
         optional = self.session.get_overridable_initializers()
         self.inputs = [i.name for i in (*self.session.get_inputs(), *optional)]
         held = {i.name: DTYPES[i.type] for i in self.session.get_inputs()}

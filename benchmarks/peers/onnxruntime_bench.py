@@ -8,7 +8,11 @@ See serving.py for what it answers. Buffers are bound once, by address, and hold
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import mmap
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,7 @@ import onnxruntime as ort
 from serving import main
 
 DTYPES = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
+AT_ONCE = 256  # tokens of a prompt
 
 
 class Folder:
@@ -24,51 +29,46 @@ class Folder:
     name = "onnxruntime"
 
     def __init__(self, options: argparse.Namespace) -> None:
-        """Open the graph."""
+        """Open the graphs."""
         settings = ort.SessionOptions()
         settings.intra_op_num_threads, settings.log_severity_level = options.threads, 3
         self.session = ort.InferenceSession(options.model / "model.onnx", settings)
         settings.add_session_config_entry("session.force_spinning_stop", "1")  # the decoding session needs the cores
-        reader = options.model / "prompt.onnx"
-        self.reader = ort.InferenceSession(reader, settings) if reader.exists() else None
-        self.caches = [i for i in self.session.get_inputs() if i.name.startswith("past_")]
+        settings.enable_cpu_mem_arena = False  # and the next piece the memory
+        self.pieces = [Piece(path, settings) for path in sorted(options.model.glob("prompt.*.onnx"))]
+        self.specs = {spec.name: spec for spec in self.session.get_inputs() if spec.name.startswith("past_")}
         (logits,) = (o for o in self.session.get_outputs() if o.name == "logits")
         self.logits = np.zeros((1, 1, logits.shape[-1]), np.float32)
+        self.caches: dict[str, np.ndarray] = {}
 
     def start(self, capacity: int) -> None:
         """Empty caches, bound."""
-        self.mask, self.bindings = np.ones((1, capacity), np.int64), []  # the old buffers go first
-        held = [
-            (spec.name, ort.OrtValue.ortvalue_from_numpy(np.zeros((1, heads, capacity, width), DTYPES[spec.type])))
-            for spec in self.caches
-            for _, heads, _, width in [spec.shape]
-        ]
-        for session in (self.session, self.reader or self.session):
-            binding = session.io_binding()
-            for name, cache in held:
-                binding.bind_ortvalue_input(name, cache)
-                binding.bind_ortvalue_output(name.replace("past_", "present_"), cache)
-            self.bindings.append(binding)
-        logits = self.logits
-        self.bindings[0].bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        self.binding = self.session.io_binding()
+        self.caches.clear()  # the old ones go first
+        self.mask = np.ones((1, capacity), np.int64)
+        for name, spec in self.specs.items():
+            _, heads, _, width = spec.shape
+            cache = self.caches[name] = np.zeros((1, heads, capacity, width), DTYPES[spec.type])
+            bind(self.binding.bind_input, name, cache)
+            bind(self.binding.bind_output, name.replace("past_", "present_"), cache)
+        bind(self.binding.bind_output, "logits", self.logits)
 
     def step(self, tokens: list[int], total: int) -> int:
         """Append tokens; the most likely next one."""
-        self.run(self.session, self.bindings[0], tokens, total)
-        return int(self.logits.argmax())
-
-    def run(self, session: ort.InferenceSession, binding: Any, tokens: list[int], total: int) -> None:
-        """Append tokens."""
         ids = np.array([tokens])
-        binding.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
-        binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self.mask.ctypes.data)
-        session.run_with_iobinding(binding)
+        bind(self.binding.bind_input, "input_ids", ids)
+        bind(self.binding.bind_input, "attention_mask", self.mask[:, :total])
+        self.session.run_with_iobinding(self.binding)
+        return int(self.logits.argmax())
 
     def read(self, tokens: list[int]) -> int:
         """A prompt: by the form for prompts all but its last token, where there is one."""
-        if self.reader is None:
-            return self.step(tokens, len(tokens))
-        self.run(self.reader, self.bindings[1], tokens[:-1], len(tokens) - 1)
+        ends = [*range(AT_ONCE, len(tokens), AT_ONCE), len(tokens)]
+        if not self.pieces:
+            return [self.step(tokens[max(0, end - AT_ONCE) : end], end) for end in ends][-1]
+        ids, left = np.array([tokens[:-1]]), [{} for _ in ends]
+        for piece in self.pieces:
+            piece.read(ids, self.mask, self.caches, left)
         return self.step(tokens[-1:], len(tokens))
 
     def prefill(self, tokens: list[int]) -> float:
@@ -86,6 +86,67 @@ class Folder:
         for i in range(count):
             token = self.step([token], len(tokens) + i + 1)
         return time.perf_counter() - start
+
+
+class Piece:
+    """One of the graphs that read prompts: its weights are inputs, mapped from the file beside it."""
+
+    def __init__(self, path: Path, settings: ort.SessionOptions) -> None:
+        self.session = ort.InferenceSession(path, settings)
+        with path.with_name(f"{path.name}.data").open("rb") as file:
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        offsets = json.loads(self.session.get_modelmeta().custom_metadata_map["qcompiler"])["given"]
+        self.weights = {
+            spec.name: np.frombuffer(self.data, np.int8, math.prod(spec.shape), offsets[spec.name]).reshape(spec.shape)
+            for spec in self.session.get_inputs()
+            if spec.name in offsets
+        }
+
+    def read(
+        self, ids: np.ndarray, mask: np.ndarray, caches: dict[str, np.ndarray], left: list[dict[str, ort.OrtValue]]
+    ) -> None:
+        """Append a prompt to its caches; `left` are the values that pieces leave to later ones, by part."""
+        names = [spec.name for spec in self.session.get_inputs() if spec.name in caches]
+        count = ids.shape[1]
+        floats = {
+            name: cache
+            if cache.dtype == np.float32
+            else np.empty((*cache.shape[:2], count, cache.shape[3]), np.float32)
+            for name, cache in ((name, caches[name]) for name in names)
+        }
+        for i, values in enumerate(left):
+            part = np.ascontiguousarray(ids[:, i * AT_ONCE : (i + 1) * AT_ONCE])
+            if part.size:
+                given = {"input_ids": part, "attention_mask": mask[:, : min(count, (i + 1) * AT_ONCE)]}
+                values |= self.run({**given, **floats, **self.weights}, floats, values)
+        self.data.madvise(mmap.MADV_DONTNEED)
+        for name, cache in floats.items():
+            if cache is not caches[name]:
+                cache /= left[0][f"{name}.scale"].numpy()
+                caches[name][:, :, :count] = np.clip(np.rint(cache, out=cache), -128, 127, out=cache)
+
+    def run(
+        self, given: dict[str, np.ndarray], caches: dict[str, np.ndarray], left: dict[str, ort.OrtValue]
+    ) -> dict[str, ort.OrtValue]:
+        """One part of a prompt; what it leaves."""
+        binding = self.session.io_binding()
+        for spec in self.session.get_inputs():
+            if spec.name in left:
+                binding.bind_ortvalue_input(spec.name, left[spec.name])
+            else:
+                bind(binding.bind_input, spec.name, given[spec.name])
+        for name, cache in caches.items():
+            bind(binding.bind_output, name.replace("past_", "present_"), cache)
+        outputs = [spec.name for spec in self.session.get_outputs() if not spec.name.startswith("present_")]
+        for name in outputs:
+            binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        return dict(zip(outputs, binding.get_outputs()[len(caches) :], strict=True))
+
+
+def bind(how: Any, name: str, array: np.ndarray) -> None:
+    """Bind an array's memory, which must outlive the binding."""
+    how(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
 if __name__ == "__main__":
