@@ -165,7 +165,7 @@ class Graph:
             name="program",
         )
         counts = collections.Counter(node.op_type for node in nodes)
-        note = json.dumps({"nodes": dict(counts.most_common()), **about, **({"given": given} if given else {})})
+        note = json.dumps({"nodes": dict(counts.most_common()), **about, "given": given})
         made = ir.Model(
             graph,
             ir_version=IR_VERSION,

@@ -67,13 +67,14 @@ class Piece:
 
     def __init__(self, path: Path, threads: int | None, presents: Mapping[str, str]) -> None:
         self.session = open_session(path, threads, yields=True)
-        with path.with_name(f"{path.name}{DATA}").open("rb") as file:
-            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.address = int(np.frombuffer(self.data, np.uint8).__array_interface__["data"][0])
         self.presents = presents
-        self.offsets = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA])["given"]
         self.inputs = self.session.get_inputs()
         self.outputs = [spec.name for spec in self.session.get_outputs()]
+        offsets = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA])["given"]
+        with path.with_name(f"{path.name}{DATA}").open("rb") as file:
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = int(np.frombuffer(self.data, np.uint8).__array_interface__["data"][0])
+        self.weights = {name: start + offset for name, offset in offsets.items()}
 
     def read(self, parts: Sequence[Part], caches: Mapping[str, Tensor]) -> None:
         """Append the tokens of all parts to those of the caches that are its own."""
@@ -94,15 +95,14 @@ class Piece:
 
     def _run(self, part: Part, caches: Mapping[str, Tensor]) -> dict[str, ort.OrtValue]:
         """One part; what it leaves to later pieces."""
-        binding = self.session.io_binding()
+        binding, given = self.session.io_binding(), {**part.inputs, **caches}
         for spec in self.inputs:
-            if spec.name in self.offsets:
-                place = self.address + self.offsets[spec.name]
-                binding.bind_input(spec.name, "cpu", 0, np.int8, spec.shape, place)
+            if spec.name in self.weights:
+                binding.bind_input(spec.name, "cpu", 0, np.int8, spec.shape, self.weights[spec.name])
             elif spec.name in part.left:
                 binding.bind_ortvalue_input(spec.name, part.left[spec.name])
             else:
-                bind(binding.bind_input, spec.name, {**part.inputs, **caches}[spec.name])
+                bind(binding.bind_input, spec.name, given[spec.name])
         presents = {self.presents[name]: cache for name, cache in caches.items()}
         left = [name for name in self.outputs if name not in presents]
         for name, cache in presents.items():
