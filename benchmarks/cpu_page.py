@@ -17,13 +17,17 @@ Written by `make bench-cpu`; the figures are those of `benchmarks/results/cpu.js
 alternating in one run of {rounds} rounds: medians, and medians of the ratios by round.
 Prefill reads 512 tokens, decode writes 128 behind 16.
 
-gptq-w4a16 and gptq-w4a16-fast are recipes. "Tuned" is the latter with longer groups in the layers that have most
-columns, tuned end to end (`tuned-w4a16-fast` is the same with groups of 128 throughout):
+gptq-w4a16 and gptq-w4a16-fast are recipes, compiled with `--samples 64`. "Tuned" is one program for everything: the
+latter with longer groups in the layers that have most columns, tuned end to end, with a cache of 8-bit codes, and with
+a second form that reads prompts in integers. The recipe `tuned-w4a16-fast` is near to it; this is the whole of it:
 
-    qcompiler compile demo --samples 256 -o FOLDER -r 'canonicalize,
+    qcompiler compile demo --samples 256 --backend 'onnxruntime{{integer_prompt=true}}' -o FOLDER -r 'canonicalize,
         gptq{{scheme=int4:g128:asym samples=64 exclude=*.down_proj*}},
         gptq{{scheme=int4:g256:asym samples=64 include=*.down_proj*}},
-        gptq{{scheme=int4:g64:asym samples=64 include=@head}}, distill{{steps=128}}, fuse, kv_cache, pack'"""
+        gptq{{scheme=int4:g64:asym samples=64 include=@head}}, distill{{steps=128}},
+        kv{{key=int8:channel:sym value=int8:channel:sym}}, fuse, kv_cache, pack'
+
+"Tuned, one form" is the same without `--backend`, and "float cache" without `kv`."""
 PARTS = """\
 What a step of {model} ({step_ms:.2f} ms, 64 steps behind 16 tokens) saves without each part, medians of {rounds} rounds
 (`python benchmarks/decode_parts.py FOLDER`). They do not add up: without one part the next finds other data in the
@@ -38,8 +42,7 @@ before them:"""
 CACHE = """\
 ## A cache of codes
 
-The same program with a cache of floats and one of 8-bit codes (a static scale a channel), 128 tokens written behind
-2048."""
+"Tuned" with a cache of floats and with one of 8-bit codes (a static scale a channel): 128 tokens behind 2048."""
 WHERE = """\
 ## Where the time goes
 

@@ -15,6 +15,8 @@ from qcompiler.program import Type
 from qcompiler.rounding import activation_scheme, group_size
 from qcompiler.scheme import QTensor, Scheme
 
+TINY = 1e-30  # a scale that zeros can be divided by
+
 
 def rounded(low: Lowering, x: ir.Value, grid: Sequence[ir.Value], scheme: str) -> ir.Value:
     """x rounded along its last axis and back, in standard operators; see `qcompiler.rounding`."""
@@ -48,18 +50,18 @@ def to_grid(low: Lowering, x: ir.Value, scale: ir.Value, middle: ir.Value, kind:
 
 
 def dynamic_grid(low: Lowering, grouped: ir.Value, kind: Scheme, axis: int = -1) -> tuple[ir.Value, ir.Value]:
-    """Scale and zero point of each group along an axis, as `grid_of` computes them."""
+    """Scale and zero point of each group along an axis, as `grid_of` computes them.
+
+    But for a symmetric group of zeros, whose scale it says is one: no scale changes what these zeros become.
+    """
+    if kind.symmetric:
+        largest = low.op("Max", low.op("ReduceMax", low.op("Abs", grouped), [axis], keepdims=1), TINY)
+        return low.op("Div", largest, float((kind.levels >> 1) - 1)), low.graph.constant(float(kind.levels >> 1))
     zero, one = low.graph.constant(0.0), low.graph.constant(1.0)
     low_end = low.op("Min", low.op("ReduceMin", grouped, [axis], keepdims=1), zero)
     high_end = low.op("Max", low.op("ReduceMax", grouped, [axis], keepdims=1), zero)
-    if kind.symmetric:
-        high_end = low.op("Max", low.op("Neg", low_end), high_end)
-        low_end = low.op("Neg", high_end)
-    steps = float(kind.levels - (2 if kind.symmetric else 1))
-    span = low.op("Div", low.op("Sub", high_end, low_end), low.graph.constant(steps))
+    span = low.op("Div", low.op("Sub", high_end, low_end), low.graph.constant(float(kind.levels - 1)))
     scale = low.op("Where", low.op("Greater", span, zero), span, one)
-    if kind.symmetric:
-        return scale, low.graph.constant(float(kind.levels >> 1))
     middle = low.op("Round", low.op("Div", low.op("Neg", low_end), scale))
     return scale, low.op("Clip", middle, zero, low.graph.constant(float(kind.levels - 1)))
 

@@ -30,11 +30,14 @@ class Folder:
 
     def __init__(self, options: argparse.Namespace) -> None:
         """Open the graphs."""
+        place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+        ort.create_and_register_allocator(place, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
         settings = ort.SessionOptions()
         settings.intra_op_num_threads, settings.log_severity_level = options.threads, 3
         self.session = ort.InferenceSession(options.model / "model.onnx", settings)
         settings.add_session_config_entry("session.force_spinning_stop", "1")  # the decoding session needs the cores
-        settings.enable_cpu_mem_arena = False  # and the next piece the memory
+        settings.add_session_config_entry("session.use_env_allocators", "1")  # one arena for all pieces
+        settings.enable_mem_pattern = False
         self.pieces = [Piece(path, settings) for path in sorted(options.model.glob("prompt.*.onnx"))]
         self.specs = {spec.name: spec for spec in self.session.get_inputs() if spec.name.startswith("past_")}
         (logits,) = (o for o in self.session.get_outputs() if o.name == "logits")
