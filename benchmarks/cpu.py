@@ -61,6 +61,10 @@ def main() -> None:
         if given := getattr(options, kind):
             engines[shown] = Engine(kind, *given.split("=", 1), options.threads)
     figures: dict[str, Any] = {"rounds": options.rounds, "engines": {name: {} for name in engines}}
+    if options.text:  # first: what is wrong with a folder comes to light here
+        figures |= {"text": options.text.name, "windows": options.windows}
+        for name, found in perplexities(options, ours).items():
+            figures["engines"][name] |= {what: round(value, 3) for what, value in found.items()}
     samples: dict[str, dict[str, list[float]]] = {}
     for what in ("prefill", "decode", *(("long",) if options.long else ())):
         asked = {name: engine for name, engine in engines.items() if what != "long" or name in ours}
@@ -80,10 +84,6 @@ def main() -> None:
         pace = figures["engines"][name]["decode_tokens_per_s"]["median"]
         figures["engines"][name]["mb_a_token"] = round(read / 1e6, 1)
         figures["against"][name]["bandwidth_fraction"] = round(read * pace / speed, 3)
-    if options.text:
-        figures |= {"text": options.text.name, "windows": options.windows}
-        for name, found in perplexities(options, ours).items():
-            figures["engines"][name] |= {what: round(value, 3) for what, value in found.items()}
     figures |= next(iter(figures["against"].values()))  # the first of ours, under the keys that people look for
     print(json.dumps(figures, indent=1))
     print("written to", write(options.name, figures))
