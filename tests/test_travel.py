@@ -1,5 +1,6 @@
 """The folder that a compilation writes, in other people's programs: onnxruntime-genai, and plain onnxruntime."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 
 import qcompiler
 from qcompiler.backends.onnxruntime import OnnxRuntime
+from qcompiler.backends.onnxruntime.names import AT_ONCE
 from qcompiler.session import Session
 from qcompiler.source import resolve
 from tests.programs import tiny_encoder, tiny_folder, tiny_llama
@@ -51,6 +53,14 @@ def test_onnxruntime_genai_runs_the_folder(folder: Path, session: Session) -> No
     ids = session.tokenizer(PROMPT)["input_ids"]
     expected = session.generate(torch.tensor([ids]), 24)[0, len(ids) :].tolist()
     assert generated(genai.Model(str(folder)), ids, 24) == expected
+
+
+def test_onnxruntime_genai_reads_a_long_prompt_in_parts(folder: Path, session: Session) -> None:
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this machine")
+    assert json.loads((folder / "genai_config.json").read_text())["search"]["chunk_size"] == AT_ONCE
+    ids = torch.randint(0, 16, (AT_ONCE + 44,), generator=torch.Generator().manual_seed(2)).tolist()
+    expected = session.generate(torch.tensor([ids]), 4)[0, len(ids) :].tolist()
+    assert generated(genai.Model(str(folder)), ids, 4) == expected
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from qcompiler.backends.onnxruntime.names import MASK
-from qcompiler.backends.onnxruntime.reader import AT_ONCE, PromptReader
+from qcompiler.backends.onnxruntime.names import AT_ONCE, MASK
+from qcompiler.backends.onnxruntime.reader import PromptReader
 from qcompiler.backends.onnxruntime.sessions import bind
 from qcompiler.errors import BackendError
 from qcompiler.padding import Shift

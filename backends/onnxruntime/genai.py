@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qcompiler.backends.onnxruntime.names import MASK, MODEL
+from qcompiler.backends.onnxruntime.names import AT_ONCE, MASK, MODEL
 from qcompiler.errors import No
 from qcompiler.ops import qc
 from qcompiler.program import Program, Type
@@ -83,5 +83,11 @@ def _config(
                 },
             },
         },
-        "search": {"max_length": length, "do_sample": False, "num_beams": 1, "past_present_share_buffer": True},
+        "search": {
+            "max_length": length,
+            "do_sample": False,
+            "num_beams": 1,
+            "past_present_share_buffer": True,
+            "chunk_size": AT_ONCE,
+        },
     }

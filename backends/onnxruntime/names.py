@@ -5,3 +5,4 @@ DATA = ".data"
 METADATA = "qcompiler"
 MASK = "attention_mask"
 SCALE = ".scale"  # behind the name of a cache of codes: the output of a prompt's piece with their scales
+AT_ONCE = 256  # tokens of a prompt; more take larger buffers, and attention computes more that its mask then removes

@@ -11,10 +11,8 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from qcompiler.backends.onnxruntime.names import DATA, MASK, METADATA, PROMPT, SCALE
+from qcompiler.backends.onnxruntime.names import AT_ONCE, DATA, MASK, METADATA, PROMPT, SCALE
 from qcompiler.backends.onnxruntime.sessions import bind, open_session
-
-AT_ONCE = 256  # tokens of a prompt; more take larger buffers, and attention computes more that its mask then removes
 
 
 @dataclass
@@ -57,7 +55,7 @@ class PromptReader:
             parts.append(Part({**cut, MASK: mask[:, : start + end].contiguous()}))
         for i, piece in enumerate(self.pieces):
             piece.read(parts, caches)
-            wanted = {spec.name for later in self.pieces[i + 1 :] for spec in later.inputs}
+            wanted = {name for later in self.pieces[i + 1 :] for name in later.inputs}
             for part in parts:
                 part.left = {name: value for name, value in part.left.items() if name in wanted}
 
@@ -68,17 +66,20 @@ class Piece:
     def __init__(self, path: Path, threads: int | None, presents: Mapping[str, str]) -> None:
         self.session = open_session(path, threads, yields=True)
         self.presents = presents
-        self.inputs = self.session.get_inputs()
         self.outputs = [spec.name for spec in self.session.get_outputs()]
         offsets = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA])["given"]
         with path.with_name(f"{path.name}{DATA}").open("rb") as file:
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         start = int(np.frombuffer(self.data, np.uint8).__array_interface__["data"][0])
-        self.weights = {name: start + offset for name, offset in offsets.items()}
+        self.inputs = [spec.name for spec in self.session.get_inputs() if spec.name not in offsets]
+        self.binding = self.session.io_binding()
+        for spec in self.session.get_inputs():
+            if spec.name in offsets:
+                self.binding.bind_input(spec.name, "cpu", 0, np.int8, spec.shape, start + offsets[spec.name])
 
     def read(self, parts: Sequence[Part], caches: Mapping[str, Tensor]) -> None:
         """Append the tokens of all parts to those of the caches that are its own."""
-        mine = {spec.name: caches[spec.name] for spec in self.inputs if spec.name in caches}
+        mine = {name: caches[name] for name in self.inputs if name in caches}
         total = parts[-1].inputs[MASK].shape[1]
         floats = {
             name: cache if cache.is_floating_point() else torch.empty(*cache.shape[:2], total, cache.shape[3])
@@ -95,19 +96,17 @@ class Piece:
 
     def _run(self, part: Part, caches: Mapping[str, Tensor]) -> dict[str, ort.OrtValue]:
         """One part; what it leaves to later pieces."""
-        binding, given = self.session.io_binding(), {**part.inputs, **caches}
-        for spec in self.inputs:
-            if spec.name in self.weights:
-                binding.bind_input(spec.name, "cpu", 0, np.int8, spec.shape, self.weights[spec.name])
-            elif spec.name in part.left:
-                binding.bind_ortvalue_input(spec.name, part.left[spec.name])
+        given = {**part.inputs, **caches}
+        for name in self.inputs:
+            if name in part.left:
+                self.binding.bind_ortvalue_input(name, part.left[name])
             else:
-                bind(binding.bind_input, spec.name, given[spec.name])
-        presents = {self.presents[name]: cache for name, cache in caches.items()}
-        left = [name for name in self.outputs if name not in presents]
-        for name, cache in presents.items():
-            bind(binding.bind_output, name, cache)
+                bind(self.binding.bind_input, name, given[name])
+        self.binding.clear_binding_outputs()
+        for name, cache in caches.items():
+            bind(self.binding.bind_output, self.presents[name], cache)
+        left = [name for name in self.outputs if name not in self.presents.values()]
         for name in left:
-            binding.bind_output(name, "cpu")
-        self.session.run_with_iobinding(binding)
-        return dict(zip(left, binding.get_outputs()[len(presents) :], strict=True))
+            self.binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(self.binding)
+        return dict(zip(left, self.binding.get_outputs()[len(caches) :], strict=True))

@@ -11,6 +11,9 @@ from torch import Tensor
 from qcompiler.errors import BackendError
 
 SPINNING = "session.intra_op.allow_spinning"
+# How long a thread waits for more work before it sleeps, in microseconds: longer than what lies between two steps of
+# decoding, and not so long that it is in the way of what comes after the last (by itself it spins for some 40,000).
+PATIENCE = ("session.intra_op.spin_duration_us", "1000")
 
 
 def open_session(path: Path, threads: int | None, yields: bool = False) -> ort.InferenceSession:
@@ -25,6 +28,7 @@ def open_session(path: Path, threads: int | None, yields: bool = False) -> ort.I
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
     options.add_session_config_entry(SPINNING, "1")
+    options.add_session_config_entry(*PATIENCE)
     if yields:
         common_buffers()
         options.add_session_config_entry("session.use_env_allocators", "1")

@@ -34,6 +34,7 @@ class Folder:
         ort.create_and_register_allocator(place, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
         settings = ort.SessionOptions()
         settings.intra_op_num_threads, settings.log_severity_level = options.threads, 3
+        settings.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
         self.session = ort.InferenceSession(options.model / "model.onnx", settings)
         settings.add_session_config_entry("session.force_spinning_stop", "1")  # the decoding session needs the cores
         settings.add_session_config_entry("session.use_env_allocators", "1")  # one arena for all pieces
@@ -99,17 +100,21 @@ class Piece:
         with path.with_name(f"{path.name}.data").open("rb") as file:
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         offsets = json.loads(self.session.get_modelmeta().custom_metadata_map["qcompiler"])["given"]
-        self.weights = {
-            spec.name: np.frombuffer(self.data, np.int8, math.prod(spec.shape), offsets[spec.name]).reshape(spec.shape)
-            for spec in self.session.get_inputs()
-            if spec.name in offsets
-        }
+        whole = np.frombuffer(self.data, np.int8)
+        self.binding, self.inputs = self.session.io_binding(), []
+        for spec in self.session.get_inputs():
+            if spec.name in offsets:
+                weight = whole[offsets[spec.name] :][: math.prod(spec.shape)].reshape(spec.shape)
+                bind(self.binding.bind_input, spec.name, weight)
+            else:
+                self.inputs.append(spec.name)
+        self.left = [spec.name for spec in self.session.get_outputs() if not spec.name.startswith("present_")]
 
     def read(
         self, ids: np.ndarray, mask: np.ndarray, caches: dict[str, np.ndarray], left: list[dict[str, ort.OrtValue]]
     ) -> None:
         """Append a prompt to its caches; `left` are the values that pieces leave to later ones, by part."""
-        names = [spec.name for spec in self.session.get_inputs() if spec.name in caches]
+        names = [name for name in self.inputs if name in caches]
         count = ids.shape[1]
         floats = {
             name: cache
@@ -121,7 +126,7 @@ class Piece:
             part = np.ascontiguousarray(ids[:, i * AT_ONCE : (i + 1) * AT_ONCE])
             if part.size:
                 given = {"input_ids": part, "attention_mask": mask[:, : min(count, (i + 1) * AT_ONCE)]}
-                values |= self.run({**given, **floats, **self.weights}, floats, values)
+                values |= self.run({**given, **floats}, floats, values)
         self.data.madvise(mmap.MADV_DONTNEED)
         for name, cache in floats.items():
             if cache is not caches[name]:
@@ -132,19 +137,18 @@ class Piece:
         self, given: dict[str, np.ndarray], caches: dict[str, np.ndarray], left: dict[str, ort.OrtValue]
     ) -> dict[str, ort.OrtValue]:
         """One part of a prompt; what it leaves."""
-        binding = self.session.io_binding()
-        for spec in self.session.get_inputs():
-            if spec.name in left:
-                binding.bind_ortvalue_input(spec.name, left[spec.name])
+        for name in self.inputs:
+            if name in left:
+                self.binding.bind_ortvalue_input(name, left[name])
             else:
-                bind(binding.bind_input, spec.name, given[spec.name])
+                bind(self.binding.bind_input, name, given[name])
+        self.binding.clear_binding_outputs()
         for name, cache in caches.items():
-            bind(binding.bind_output, name.replace("past_", "present_"), cache)
-        outputs = [spec.name for spec in self.session.get_outputs() if not spec.name.startswith("present_")]
-        for name in outputs:
-            binding.bind_output(name, "cpu")
-        self.session.run_with_iobinding(binding)
-        return dict(zip(outputs, binding.get_outputs()[len(caches) :], strict=True))
+            bind(self.binding.bind_output, name.replace("past_", "present_"), cache)
+        for name in self.left:
+            self.binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(self.binding)
+        return dict(zip(self.left, self.binding.get_outputs()[len(caches) :], strict=True))
 
 
 def bind(how: Any, name: str, array: np.ndarray) -> None:
