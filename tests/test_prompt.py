@@ -1,5 +1,6 @@
 """Prompts read in integers: the second form of a program, beside the one that decodes."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,18 @@ def test_rows_of_a_padded_batch_fill_codes() -> None:
     for row, pad in enumerate((0, 5)):
         alone = runner.decoder(1, COUNT + 1).step(IDS[row : row + 1, pad:])[0]
         assert float((found[row] - alone).norm() / alone.norm()) < 0.01
+
+
+def test_prompts_read_at_the_same_time(deep: Program) -> None:
+    runner = BACKEND.lower(deep)
+
+    def read(row: int) -> Tensor:
+        return runner.decoder(1, COUNT).step(IDS[row : row + 1] % 16)
+
+    expected = [read(row) for row in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        for row, found in enumerate(pool.map(read, [0, 1, 2] * 5)):
+            assert torch.equal(found, expected[row % 3])
 
 
 def test_caches_of_four_bits_are_read_by_the_first_form() -> None:

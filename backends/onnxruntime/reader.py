@@ -72,10 +72,8 @@ class Piece:
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         start = int(np.frombuffer(self.data, np.uint8).__array_interface__["data"][0])
         self.inputs = [spec.name for spec in self.session.get_inputs() if spec.name not in offsets]
-        self.binding = self.session.io_binding()
-        for spec in self.session.get_inputs():
-            if spec.name in offsets:
-                self.binding.bind_input(spec.name, "cpu", 0, np.int8, spec.shape, start + offsets[spec.name])
+        specs = [spec for spec in self.session.get_inputs() if spec.name in offsets]
+        self.weights = [(spec.name, "cpu", 0, np.int8, spec.shape, start + offsets[spec.name]) for spec in specs]
 
     def read(self, parts: Sequence[Part], caches: Mapping[str, Tensor]) -> None:
         """Append the tokens of all parts to those of the caches that are its own."""
@@ -85,8 +83,11 @@ class Piece:
             name: cache if cache.is_floating_point() else torch.empty(*cache.shape[:2], total, cache.shape[3])
             for name, cache in mine.items()
         }
+        binding = self.session.io_binding()  # of this call: others may read prompts at the same time
+        for weight in self.weights:
+            binding.bind_input(*weight)
         for part in parts:
-            part.left |= self._run(part, floats)
+            part.left |= self._run(binding, part, floats)
         if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
             self.data.madvise(mmap.MADV_DONTNEED)  # the file has them still
         for name, cache in mine.items():
@@ -94,19 +95,19 @@ class Piece:
                 scale = torch.from_numpy(parts[0].left[f"{name}{SCALE}"].numpy())
                 cache[:, :, :total] = floats[name].div_(scale).round_().clamp_(-128, 127)
 
-    def _run(self, part: Part, caches: Mapping[str, Tensor]) -> dict[str, ort.OrtValue]:
+    def _run(self, binding: ort.IOBinding, part: Part, caches: Mapping[str, Tensor]) -> dict[str, ort.OrtValue]:
         """One part; what it leaves to later pieces."""
         given = {**part.inputs, **caches}
         for name in self.inputs:
             if name in part.left:
-                self.binding.bind_ortvalue_input(name, part.left[name])
+                binding.bind_ortvalue_input(name, part.left[name])
             else:
-                bind(self.binding.bind_input, name, given[name])
-        self.binding.clear_binding_outputs()
+                bind(binding.bind_input, name, given[name])
+        binding.clear_binding_outputs()
         for name, cache in caches.items():
-            bind(self.binding.bind_output, self.presents[name], cache)
+            bind(binding.bind_output, self.presents[name], cache)
         left = [name for name in self.outputs if name not in self.presents.values()]
         for name in left:
-            self.binding.bind_output(name, "cpu")
-        self.session.run_with_iobinding(self.binding)
-        return dict(zip(left, self.binding.get_outputs()[len(caches) :], strict=True))
+            binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        return dict(zip(left, binding.get_outputs()[len(caches) :], strict=True))
