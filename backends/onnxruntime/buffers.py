@@ -120,8 +120,7 @@ class SharedDecoder(Decoder):
             binding.bind_output("logits", "cpu")
         else:
             bind(binding.bind_output, "logits", logits)
-        given = {"position_ids": positions, "logits_positions": kept}
-        buffers = {self.program.inputs[0].name: ids, **given, **self.caches}
+        buffers = {self.program.inputs[0].name: ids, "position_ids": positions, "logits_positions": kept, **self.caches}
         for name in self.inputs:
             if name != MASK:
                 bind(binding.bind_input, name, buffers[name])

@@ -66,7 +66,7 @@ class Piece:
     def __init__(self, path: Path, threads: int | None, presents: Mapping[str, str]) -> None:
         self.session = open_session(path, threads, yields=True)
         self.presents = presents
-        self.outputs = [spec.name for spec in self.session.get_outputs()]
+        self.leaves = [spec.name for spec in self.session.get_outputs() if spec.name not in presents.values()]
         offsets = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA])["given"]
         with path.with_name(f"{path.name}{DATA}").open("rb") as file:
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -106,8 +106,7 @@ class Piece:
         binding.clear_binding_outputs()
         for name, cache in caches.items():
             bind(binding.bind_output, self.presents[name], cache)
-        left = [name for name in self.outputs if name not in self.presents.values()]
-        for name in left:
+        for name in self.leaves:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
-        return dict(zip(left, binding.get_outputs()[len(caches) :], strict=True))
+        return dict(zip(self.leaves, binding.get_outputs()[len(caches) :], strict=True))

@@ -12,7 +12,7 @@ from qcompiler.errors import BackendError
 
 SPINNING = "session.intra_op.allow_spinning"
 # How long a thread waits for more work before it sleeps, in microseconds: longer than what lies between two steps of
-# decoding, and not so long that it is in the way of what comes after the last (by itself it spins for some 40,000).
+# decoding, and not so long that it is in the way of what comes after the last, as it is by itself.
 PATIENCE = ("session.intra_op.spin_duration_us", "1000")
 
 
