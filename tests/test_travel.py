@@ -1,7 +1,9 @@
 """The folder that a compilation writes, in other people's programs: onnxruntime-genai, and plain onnxruntime."""
 
+import importlib
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,14 @@ from tests.test_padding import decoder_program
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "plain_onnxruntime.py"
 PROMPT = "the cat sat on"
+
+
+@pytest.fixture(scope="module")
+def genai() -> Any:
+    """onnxruntime-genai, which `make dev` installs wherever there is a wheel; there it must be."""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        pytest.skip("onnxruntime-genai has no wheel for this machine")
+    return importlib.import_module("onnxruntime_genai")
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +58,13 @@ def generated(model: Any, ids: list[int], count: int) -> list[int]:
     return list(map(int, generator.get_sequence(0)))[len(ids) :]
 
 
-def test_onnxruntime_genai_runs_the_folder(folder: Path, session: Session) -> None:
-    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this machine")
+def test_onnxruntime_genai_runs_the_folder(genai: Any, folder: Path, session: Session) -> None:
     ids = session.tokenizer(PROMPT)["input_ids"]
     expected = session.generate(torch.tensor([ids]), 24)[0, len(ids) :].tolist()
     assert generated(genai.Model(str(folder)), ids, 24) == expected
 
 
-def test_onnxruntime_genai_reads_a_long_prompt_in_parts(folder: Path, session: Session) -> None:
-    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this machine")
+def test_onnxruntime_genai_reads_a_long_prompt_in_parts(genai: Any, folder: Path, session: Session) -> None:
     assert json.loads((folder / "genai_config.json").read_text())["search"]["chunk_size"] == AT_ONCE
     ids = torch.randint(0, 16, (AT_ONCE + 44,), generator=torch.Generator().manual_seed(2)).tolist()
     expected = session.generate(torch.tensor([ids]), 4)[0, len(ids) :].tolist()
@@ -64,8 +72,7 @@ def test_onnxruntime_genai_reads_a_long_prompt_in_parts(folder: Path, session: S
 
 
 @pytest.mark.slow
-def test_onnxruntime_genai_runs_the_demo_model_with_its_tokenizer(tmp_path: Path) -> None:
-    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this machine")
+def test_onnxruntime_genai_runs_the_demo_model_with_its_tokenizer(genai: Any, tmp_path: Path) -> None:
     session = qcompiler.compile(resolve("demo").model, "rtn-w4a16", backend="onnxruntime")
     session.save(tmp_path)
     model, prompt = genai.Model(str(tmp_path)), "The capital of France is"
@@ -76,8 +83,7 @@ def test_onnxruntime_genai_runs_the_demo_model_with_its_tokenizer(tmp_path: Path
 
 
 @pytest.mark.parametrize("options", [{"window": 3}, {"kv_heads": 1}, {"rotary": 8}, {"sinks": True}], ids=str)
-def test_onnxruntime_genai_runs_other_decoders(options: dict[str, Any], tmp_path: Path) -> None:
-    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this machine")
+def test_onnxruntime_genai_runs_other_decoders(genai: Any, options: dict[str, Any], tmp_path: Path) -> None:
     program = decoder_program(**options)
     runner = OnnxRuntime(accuracy_level=0, threads=1).lower(program, tmp_path)
     assert runner.refusals == ()
