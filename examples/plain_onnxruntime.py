@@ -11,6 +11,8 @@ import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
+KINDS = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}  # floats, 8 bits, 4 bits
+ort.set_default_logger_severity(3)
 folder, prompt = Path(sys.argv[1]), sys.argv[2]
 limit = int(sys.argv[3]) if len(sys.argv) > 3 else 32
 config = json.loads((folder / "genai_config.json").read_text())["model"]
@@ -20,13 +22,12 @@ binding = session.io_binding()
 
 tokens = tokenizer.encode(prompt).ids
 start, capacity = len(tokens), len(tokens) + limit
-decoder = config["decoder"]
-for i in range(decoder["num_hidden_layers"]):  # past and present are one buffer: nothing is copied
-    for kind in ("key", "value"):
-        sizes = (1, decoder["num_key_value_heads"], capacity, decoder["head_size"])
-        cache = ort.OrtValue.ortvalue_from_numpy(np.zeros(sizes, np.float32))
-        binding.bind_ortvalue_input(f"past_{kind}_{i}", cache)
-        binding.bind_ortvalue_output(f"present_{kind}_{i}", cache)
+for spec in session.get_inputs():
+    if spec.name.startswith("past_"):  # past and present are one buffer: nothing is copied
+        sizes = (1, spec.shape[1], capacity, spec.shape[3])
+        cache = ort.OrtValue.ortvalue_from_numpy(np.zeros(sizes, KINDS[spec.type]))
+        binding.bind_ortvalue_input(spec.name, cache)
+        binding.bind_ortvalue_output(spec.name.replace("past", "present"), cache)
 new = tokens
 while len(tokens) < capacity and tokens[-1] not in config["eos_token_id"]:
     binding.bind_cpu_input("input_ids", np.array([new]))

@@ -137,6 +137,23 @@ def test_the_usual_decoder_has_no_spare_node() -> None:
     assert details["refusals"] == []
 
 
+def test_fused_norms_make_nothing_that_nobody_reads(tmp_path: Path) -> None:
+    EXACT.lower(decoder_program(), tmp_path)
+    nodes = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node
+    outputs = [list(node.output) for node in nodes if node.op_type == "SkipSimplifiedLayerNormalization"]
+    assert [[bool(name) for name in names] for names in outputs] == [[True, False, False, True]] * 4
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_decoding_in_a_buffer_longer_than_what_is_read(first: int) -> None:
+    program = decoder_program()
+    decoder = EXACT.lower(program).decoder(1, 64)
+    ids = IDS[:1]
+    steps = [decoder.step(ids[:, :first]), *(decoder.step(ids[:, i : i + 1]) for i in range(first, ids.shape[1]))]
+    expected = program(input_ids=ids)["logits"][0, first - 1 :]
+    assert error({"logits": torch.cat(steps)}, {"logits": expected}) < 2e-6
+
+
 def test_the_most_likely_tokens_are_chosen_in_the_graph() -> None:
     program = decoder_program()
     session = replace(EXACT, top=3).lower(program).session  # type: ignore[attr-defined]

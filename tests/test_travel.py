@@ -95,7 +95,13 @@ def test_onnxruntime_genai_runs_other_decoders(genai: Any, options: dict[str, An
     assert generated(genai.Model(str(tmp_path)), [7, 30, 41], 12) == expected
 
 
-def test_plain_onnxruntime_runs_the_folder(folder: Path, session: Session) -> None:
+@pytest.mark.parametrize("cache", ["", "int8", "int4"])
+def test_plain_onnxruntime_runs_the_folder(cache: str, tmp_path: Path) -> None:
+    kv = f"kv{{key={cache}:channel:sym value={cache}:channel:sym}}, " if cache else ""
+    recipe = f"canonicalize, rtn{{scheme=int4:g32:asym}}, {kv}fuse, kv_cache, pack"
+    session = qcompiler.compile(tiny_folder(tmp_path / "model"), recipe, samples=2, length=16, backend="onnxruntime")
+    folder = tmp_path / "out"
+    session.save(folder)
     command = (sys.executable, str(EXAMPLE), str(folder), PROMPT, "12")
     done = subprocess.run(command, text=True, capture_output=True, check=False, env=os.environ)
     assert done.returncode == 0, done.stderr

@@ -40,8 +40,9 @@ class SharedDecoder(Decoder):
         self.kept = torch.zeros(1, dtype=torch.int64)
         values: Any = program.output_node.args[0]
         self.logits = empty(values[program.outputs.index("logits")].meta["type"], batch)
-        # Made once: binding everything costs a tenth of a small step. The mask alone grows.
-        self.single = self._bind(self.ids, self.positions, self.kept, self.logits)
+        # Made once: binding everything costs a tenth of a small step. The mask is as long as the buffers, and zero
+        # behind each row's tokens, so that no step differs in a shape from the one before.
+        self.single = self._bind(self.ids, self.positions, self.kept, self.mask, self.logits)
 
     def step(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Append ids [batch, new]; returns the logits [batch, vocabulary] of the last position."""
@@ -62,7 +63,7 @@ class SharedDecoder(Decoder):
         self.positions.copy_(self.lengths[:, None])
         self.mask.scatter_(1, self.lengths[:, None], 1)
         self.lengths += 1
-        self._run(self.single, start + 1)
+        self.session.run_with_iobinding(self.single)
         return torch.from_numpy(self.logits.numpy()[:, 0].copy())  # numpy: see qcompiler/sampling.py
 
     def _prompt(self, ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -84,8 +85,9 @@ class SharedDecoder(Decoder):
         ids, positions = ids.contiguous(), self._positions(ids)  # they must outlive the binding
         self._lengthen(counts)
         kept, row = torch.unique(counts - 1, return_inverse=True)
-        binding = self._bind(ids, positions, kept)
-        self._run(binding, int(positions[0, -1]) + 1)
+        mask = self.mask[:, : int(positions[0, -1]) + 1].contiguous()  # of several positions it gives their places
+        binding = self._bind(ids, positions, kept, mask)
+        self.session.run_with_iobinding(binding)
         logits = torch.from_numpy(binding.get_outputs()[0].numpy())
         return logits[torch.arange(len(ids)), row]
 
@@ -108,22 +110,19 @@ class SharedDecoder(Decoder):
         self.lengths += counts
         self.mask.copy_(torch.arange(self.capacity) < self.lengths[:, None])
 
-    def _run(self, binding: ort.IOBinding, total: int) -> None:
-        mask = self.mask[:, :total].contiguous()  # it must outlive the run
-        bind(binding.bind_input, MASK, mask)
-        self.session.run_with_iobinding(binding)
-
-    def _bind(self, ids: Tensor, positions: Tensor, kept: Tensor, logits: Tensor | None = None) -> ort.IOBinding:
-        """A binding of all buffers but the mask; without one for the logits they are made as large as they get."""
+    def _bind(
+        self, ids: Tensor, positions: Tensor, kept: Tensor, mask: Tensor, logits: Tensor | None = None
+    ) -> ort.IOBinding:
+        """A binding of all buffers; without one for the logits they are made as large as they get."""
         binding = self.session.io_binding()
         if logits is None:
             binding.bind_output("logits", "cpu")
         else:
             bind(binding.bind_output, "logits", logits)
-        buffers = {self.program.inputs[0].name: ids, "position_ids": positions, "logits_positions": kept, **self.caches}
+        given = {self.program.inputs[0].name: ids, "position_ids": positions, "logits_positions": kept, MASK: mask}
+        buffers = {**given, **self.caches}
         for name in self.inputs:
-            if name != MASK:
-                bind(binding.bind_input, name, buffers[name])
+            bind(binding.bind_input, name, buffers[name])
         for past, present in self.program.info["caches"].items():
             bind(binding.bind_output, present, self.caches[past])
         return binding

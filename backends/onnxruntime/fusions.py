@@ -33,7 +33,9 @@ def skip_norm(low: Lowering, node: fx.Node) -> bool | No:
     if not is_vector(weight, kind) or eps is None:
         return No("the norm has no weight or epsilon of its own")
     values = [low.argument(x) for x in (a, b, weight)]
-    normed, _, _, total = low.contrib("SkipSimplifiedLayerNormalization", *values, outputs=4, epsilon=eps)
+    normed, _, _, total = low.contrib(
+        "SkipSimplifiedLayerNormalization", *values, outputs=4, unused=(1, 2), epsilon=eps
+    )
     low.values[norm] = typed(normed, norm.meta["type"])
     low.values[node] = typed(total, kind)
     return True

@@ -78,13 +78,14 @@ class Graph:
         kind: str,
         *inputs: ir.Value | None,
         outputs: int,
+        unused: Sequence[int] = (),
         domain: str = "",
         name: str = "",
         **attributes: Any,
     ) -> list[ir.Value]:
-        """Add a node with several outputs and return them."""
-        base = name or kind
-        values = [ir.Value(name=self.unique(f"{base}.{i}" if i else base)) for i in range(outputs)]
+        """Add a node with several outputs and return them; it is told not to make the `unused` ones."""
+        names = [f"{name or kind}.{i}" if i else name or kind for i in range(outputs)]
+        values = [ir.Value(name="" if i in unused else self.unique(names[i])) for i in range(outputs)]
         given = list(inputs)
         while given and given[-1] is None:
             given.pop()

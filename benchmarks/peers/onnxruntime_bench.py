@@ -46,23 +46,34 @@ class Folder:
         self.caches: dict[str, np.ndarray] = {}
 
     def start(self, capacity: int) -> None:
-        """Empty caches, bound."""
-        self.binding = self.session.io_binding()
+        """Empty caches, and the binding of a step: no step differs in a shape from the one before."""
         self.caches.clear()  # the old ones go first
-        self.mask = np.ones((1, capacity), np.int64)
         for name, spec in self.specs.items():
             _, heads, _, width = spec.shape
-            cache = self.caches[name] = np.zeros((1, heads, capacity, width), DTYPES[spec.type])
-            bind(self.binding.bind_input, name, cache)
-            bind(self.binding.bind_output, name.replace("past_", "present_"), cache)
-        bind(self.binding.bind_output, "logits", self.logits)
+            self.caches[name] = np.zeros((1, heads, capacity, width), DTYPES[spec.type])
+        self.token, self.mask = np.zeros((1, 1), np.int64), np.zeros((1, capacity), np.int64)
+        self.single = self.bound(self.token, self.mask)
+
+    def bound(self, ids: np.ndarray, mask: np.ndarray) -> ort.IOBinding:
+        """A binding of all buffers."""
+        binding = self.session.io_binding()
+        for name, cache in self.caches.items():
+            bind(binding.bind_input, name, cache)
+            bind(binding.bind_output, name.replace("past_", "present_"), cache)
+        bind(binding.bind_input, "input_ids", ids)
+        bind(binding.bind_input, "attention_mask", mask)
+        bind(binding.bind_output, "logits", self.logits)
+        return binding
 
     def step(self, tokens: list[int], total: int) -> int:
         """Append tokens; the most likely next one."""
-        ids = np.array([tokens])
-        bind(self.binding.bind_input, "input_ids", ids)
-        bind(self.binding.bind_input, "attention_mask", self.mask[:, :total])
-        self.session.run_with_iobinding(self.binding)
+        self.mask[0, :total] = 1
+        if len(tokens) == 1:
+            self.token[0, 0] = tokens[0]
+            self.session.run_with_iobinding(self.single)
+        else:
+            ids, mask = np.array([tokens]), self.mask[:, :total]
+            self.session.run_with_iobinding(self.bound(ids, mask))
         return int(self.logits.argmax())
 
     def read(self, tokens: list[int]) -> int:
@@ -71,6 +82,7 @@ class Folder:
         if not self.pieces:
             return [self.step(tokens[max(0, end - AT_ONCE) : end], end) for end in ends][-1]
         ids, left = np.array([tokens[:-1]]), [{} for _ in ends]
+        self.mask[0, : len(tokens)] = 1
         for piece in self.pieces:
             piece.read(ids, self.mask, self.caches, left)
         return self.step(tokens[-1:], len(tokens))
