@@ -1,28 +1,33 @@
-"""Where a step of decoding spends its time: the same graph with parts of it taken out, alternating in one run.
+"""Where a step of decoding spends its time: the same graph with parts of it taken out, alternating step by step.
 
     python benchmarks/decode_parts.py FOLDER [--rounds 9]
 
-A part's time is the median of what each round saves without it. A profiler is no use here: what it adds to every
-operator is more than small operators take. Writes results/decode_parts.json.
+A part's time is the median of what a step saves without it: constants stand where it was. Two sessions of each graph
+are open, since where a session's weights happen to lie makes a difference of one step in a hundred. A profiler is no
+use here: what it adds to every operator is more than small operators take. Writes results/decode_parts.json.
 """
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from common import write
 from cpu_page import write_page
 from onnx import GraphProto, NodeProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from onnxruntime_bench import Folder
+from onnxruntime_bench import Folder, usual
 
+BEHIND, STEPS, COPIES = 16, 64, 2
 NORM, ATTENTION = "SkipSimplifiedLayerNormalization", "GroupQueryAttention"
 SMALL = {"QuickGelu": "activations", NORM: "norms and sums", ATTENTION: "attention"}
 
@@ -37,23 +42,43 @@ def main() -> None:
     graph = onnx.load(options.model / "model.onnx", load_external_data=False).graph
     kinds = [kind for node in graph.node if (kind := kind_of(node))]
     counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-    engines = {kind: cut_down(options, kind) for kind in ("", *counts)}
-    samples: dict[str, list[float]] = {kind: [] for kind in engines}
-    for i in range(options.rounds + 1):  # the first is thrown away
-        for kind, engine in list(engines.items())[:: 1 if i % 2 else -1]:
-            samples[kind].append(engine.decode(list(range(16)), 64) / 64 * 1000)
-    whole = samples[""][1:]
+    engines = [(kind, cut_down(options, kind)) for kind in ("", *counts) for _ in range(COPIES)]
+    samples: dict[str, list[float]] = {kind: [] for kind in ("", *counts)}
+    for i in range(options.rounds + 1):
+        found = alternating(engines)
+        if i:  # the first is thrown away
+            for kind, times in found.items():
+                samples[kind].extend(times)
     recipe = json.loads((options.model / "manifest.json").read_text(encoding="utf-8"))["recipe"]
-    parts = {
-        kind: {
-            "count": count,
-            "ms": round(statistics.median(a - b for a, b in zip(whole, samples[kind][1:], strict=True)), 3),
-        }
-        for kind, count in counts.items()
-    }
-    figures = {"model": recipe, "rounds": options.rounds, "step_ms": round(statistics.median(whole), 3)}
-    print(parts, write("decode_parts", figures | {"parts": parts}))
+    parts = {kind: {"count": count, "ms": saved(samples[""], samples[kind])} for kind, count in counts.items()}
+    step = statistics.median(samples[""])
+    figures = {"model": recipe, "rounds": options.rounds, "step_ms": round(step, 3), "parts": parts}
+    print(parts, write("decode_parts", figures))
     write_page()
+
+
+def alternating(engines: Sequence[tuple[str, Folder]]) -> dict[str, list[float]]:
+    """Milliseconds of each step, a mean over the engines of one kind; all take it in turns, in another order each."""
+    found: dict[str, list[float]] = {}
+    for _, engine in engines:
+        engine.start(BEHIND + STEPS)
+    order = list(engines)
+    for i in range(BEHIND + STEPS):
+        random.shuffle(order)
+        times: dict[str, float] = dict.fromkeys((kind for kind, _ in engines), 0.0)
+        for kind, engine in order:
+            start = time.perf_counter()
+            engine.step([i], i + 1)
+            times[kind] += (time.perf_counter() - start) * 1000 / COPIES
+        if i >= BEHIND:
+            for kind, ms in times.items():
+                found.setdefault(kind, []).append(ms)
+    return found
+
+
+def saved(whole: Sequence[float], without: Sequence[float]) -> float:
+    """The median difference."""
+    return round(statistics.median(a - b for a, b in zip(whole, without, strict=True)), 3)
 
 
 def kind_of(node: NodeProto) -> str:
@@ -69,30 +94,34 @@ def cut_down(options: argparse.Namespace, kind: str) -> Folder:
     model = onnx.load(options.model / "model.onnx", load_external_data=False)
     if kind:
         leave_out(model.graph, kind)
+    settings = usual(options.threads)
+    settings.add_session_config_entry("session.force_spinning_stop", "1")  # the others need the cores
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it would fold what is constant
     with tempfile.TemporaryDirectory() as place:
         for data in options.model.glob("*.data"):
             (Path(place) / data.name).hardlink_to(data)
         onnx.save(model, Path(place) / "model.onnx")
-        return Folder(argparse.Namespace(model=Path(place), threads=options.threads))
+        return Folder(argparse.Namespace(model=Path(place)), settings)
 
 
 def leave_out(graph: GraphProto, kind: str) -> None:
-    """Replace the nodes of a kind by nearly nothing of the same shape."""
+    """Take out the nodes of a kind: what else reads them reads an input of theirs, or a constant of the same shape."""
     taken = [node for node in graph.node if kind_of(node) == kind]
-    renamed = {
-        node.output[i]: node.input[1] for node in taken if node.op_type == NORM for i in (0, 3)[: len(node.output)]
-    }
-    renamed |= {node.output[0]: node.input[0] for node in taken if node.op_type == "QuickGelu"}
-    nodes = [new for node in graph.node for new in (stand_in(graph, node) if node in taken else [node])]
-    for node in nodes:
+    renamed = dict(read_instead(graph, node) for node in taken)
+    renamed |= {node.output[3]: node.input[1] for node in taken if node.op_type == NORM}
+    kept = [node for node in graph.node if node not in taken]
+    for node in kept:
         node.input[:] = [followed(name, renamed) for name in node.input]
     graph.ClearField("node")
-    graph.node.extend(nodes)
+    graph.node.extend(kept)
+    dropped = [end for end in graph.output if end.name in renamed]
+    for end in dropped:  # of the head: its logits are an output
+        graph.node.append(helper.make_node("Identity", [renamed[end.name]], [end.name]))
     if kind == "attention":  # and with it the caches
         for ends, prefix in ((graph.input, "past_"), (graph.output, "present_")):
-            kept = [end for end in ends if not end.name.startswith(prefix)]
+            others = [end for end in ends if not end.name.startswith(prefix)]
             del ends[:]
-            ends.extend(kept)
+            ends.extend(others)
 
 
 def followed(name: str, renamed: dict[str, str]) -> str:
@@ -102,25 +131,20 @@ def followed(name: str, renamed: dict[str, str]) -> str:
     return name
 
 
-def stand_in(graph: GraphProto, node: NodeProto) -> Iterator[NodeProto]:
-    """Cheap nodes that give values of the same shape as `node`; none where its input does."""
+def read_instead(graph: GraphProto, node: NodeProto) -> tuple[str, str]:
+    """A node's output, and what has its shape in a step of one token."""
+    sizes = {attribute.name: attribute.i for attribute in node.attribute}
+    if node.op_type == "MatMulNBits":
+        return node.output[0], constant(graph, np.zeros((1, 1, sizes["N"]), np.float32))
     if node.op_type == ATTENTION:
-        sizes = {attribute.name: attribute.i for attribute in node.attribute}
-        queries, keys = sizes["num_heads"], sizes["kv_num_heads"]
         width = next(end for end in graph.input if end.name == node.input[3]).type.tensor_type.shape.dim[3].dim_value
-        split = constant(graph, np.array([queries * width, 2 * keys * width]))
-        yield helper.make_node("Split", [node.input[0], split], [node.output[0], f"{node.output[0]}.rest"], axis=-1)
-    elif node.op_type == "MatMulNBits":
-        rows = next(attribute.i for attribute in node.attribute if attribute.name == "N")
-        largest = f"{node.output[0]}.largest"
-        yield helper.make_node("ReduceMax", [node.input[0], constant(graph, np.array([-1]))], [largest])
-        zeros = constant(graph, np.zeros((1, 1, rows), np.float32))
-        yield helper.make_node("Add", [largest, zeros], [node.output[0]])
+        return node.output[0], constant(graph, np.zeros((1, 1, sizes["num_heads"] * width), np.float32))
+    return node.output[0], node.input[1 if node.op_type == NORM else 0]
 
 
 def constant(graph: GraphProto, value: np.ndarray) -> str:
     """The name of an initializer that holds `value`."""
-    name = f"stand-in.{value.shape}.{value.dtype}.{value.flat[0]}"
+    name = f"stand-in.{value.shape}"
     if all(known.name != name for known in graph.initializer):
         graph.initializer.append(numpy_helper.from_array(value, name))
     return name

@@ -28,18 +28,10 @@ class Folder:
 
     name = "onnxruntime"
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        """Open the graphs."""
-        place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-        ort.create_and_register_allocator(place, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads, settings.log_severity_level = options.threads, 3
-        settings.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
-        self.session = ort.InferenceSession(options.model / "model.onnx", settings)
-        settings.add_session_config_entry("session.force_spinning_stop", "1")  # the decoding session needs the cores
-        settings.add_session_config_entry("session.use_env_allocators", "1")  # one arena for all pieces
-        settings.enable_mem_pattern = False
-        self.pieces = [Piece(path, settings) for path in sorted(options.model.glob("prompt.*.onnx"))]
+    def __init__(self, options: argparse.Namespace, settings: ort.SessionOptions | None = None) -> None:
+        """Open the graphs; with `settings` only the first."""
+        self.session = ort.InferenceSession(options.model / "model.onnx", settings or usual(options.threads))
+        self.pieces = [] if settings else pieces(options)
         self.specs = {spec.name: spec for spec in self.session.get_inputs() if spec.name.startswith("past_")}
         (logits,) = (o for o in self.session.get_outputs() if o.name == "logits")
         self.logits = np.zeros((1, 1, logits.shape[-1]), np.float32)
@@ -102,6 +94,25 @@ class Folder:
         for i in range(count):
             token = self.step([token], len(tokens) + i + 1)
         return time.perf_counter() - start
+
+
+def usual(threads: int) -> ort.SessionOptions:
+    """What the session that decodes is opened with."""
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads, settings.log_severity_level = threads, 3
+    settings.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
+    return settings
+
+
+def pieces(options: argparse.Namespace) -> list[Piece]:
+    """The graphs that read prompts, if there are some."""
+    settings = usual(options.threads)
+    settings.add_session_config_entry("session.force_spinning_stop", "1")  # the decoding session needs the cores
+    settings.add_session_config_entry("session.use_env_allocators", "1")  # one arena for all pieces
+    settings.enable_mem_pattern = False
+    place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(place, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
+    return [Piece(path, settings) for path in sorted(options.model.glob("prompt.*.onnx"))]
 
 
 class Piece:
