@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qcompiler.bits import pack_bits
 from qcompiler.errors import No
 from qcompiler.kernels import linear_wq
 from qcompiler.kernels.codebook import Tables, load_tables, look_up
@@ -22,7 +23,7 @@ from qcompiler.kernels.packed_weight import COLUMNS, ROWS, PackedWeight, group_o
 from qcompiler.kernels.planes import LEAST, half_of
 from qcompiler.kernels.sass import Build
 from qcompiler.kernels.split import Config, add_parts, leave_part, room_for, store_sums
-from qcompiler.scheme import QTensor, Scheme, pack_bits
+from qcompiler.scheme import QTensor, Scheme
 from qcompiler.target import Accept, Answer, Kernel, bits, channel_or_group, matrix, without
 
 BITS = 4

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompiler.bits import pack_bits
 from qcompiler.errors import No
 from qcompiler.kernels.packed_weight import ROWS
 from qcompiler.kernels.planes import LEAST, Cells, pack_planes, unpack_planes
-from qcompiler.scheme import QTensor, Scheme, pack_bits
+from qcompiler.scheme import QTensor, Scheme
 from qcompiler.target import Answer
 
 SUPERBLOCK = 256  # columns that share a step

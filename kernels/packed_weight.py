@@ -6,8 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from qcompiler.bits import pack_bits
 from qcompiler.kernels.planes import LEAST, MAGNIFY, Cells, pack_planes, unpack_planes
-from qcompiler.scheme import QTensor, Scheme, pack_bits
+from qcompiler.scheme import QTensor, Scheme
 
 ROWS = 128  # of a tile: two m64 fragments of Hopper's tensor cores, so that no weight goes through shared memory twice
 COLUMNS = {2: 512, 3: 256, 4: 256, 8: 128}  # the longest worthwhile step: the shorter, the more overhead for a weight

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompiler import calibration, ops
+from qcompiler.bits import pack_bits
 from qcompiler.calibration import Needs, Sample, Segment
 from qcompiler.errors import PassError, RecipeError
 from qcompiler.execution import execute
@@ -25,7 +26,7 @@ from qcompiler.passes.statistics import Hessian
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
 from qcompiler.rounding import straight_through
-from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits
+from qcompiler.scheme import QTensor, Scheme, by_group
 from qcompiler.spill import Spill
 
 STARTS = ("gptq", "rtn")

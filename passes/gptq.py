@@ -17,6 +17,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from qcompiler.bits import pack_bits
 from qcompiler.calibration import Needs, Segment
 from qcompiler.errors import No, PassError, RecipeError
 from qcompiler.passes.curvature import IMPORTANCE, Side, measure, side_by_side
@@ -25,7 +26,7 @@ from qcompiler.passes.selection import BODY, check_coverage, select, weight_name
 from qcompiler.passes.statistics import Hessian
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
-from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits, range_grid
+from qcompiler.scheme import QTensor, Scheme, by_group, range_grid
 
 NONE: Mapping[str, Tensor] = MappingProxyType({})
 BLOCK = 128  # columns whose errors are spread together, as in the paper's lazy batch updates

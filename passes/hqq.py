@@ -11,12 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qcompiler.bits import pack_bits
 from qcompiler.errors import RecipeError
 from qcompiler.passes.rtn import quantize_each
 from qcompiler.passes.selection import BODY, select, weight_name
 from qcompiler.pipeline import Context, Contract, Pass
 from qcompiler.program import Program
-from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits, storage_dtype
+from qcompiler.scheme import QTensor, Scheme, by_group, storage_dtype
 
 # The authors' settings: the strength of the splitting, and its growth from one turn to the next.
 BETA, GROWTH = 10.0, 1.01

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from qcompiler.bits import pack_bits
 from qcompiler.errors import InputError
 from qcompiler.formats.gguf_blocks import IQ4, Kind
 from qcompiler.formats.gguf_types import KINDS
 from qcompiler.formats.k_quants import SUPERBLOCK, level
 from qcompiler.passes.kquant_search import Levels, Line, fit_line, fit_scale, inverse, line_codes
-from qcompiler.scheme import QTensor, pack_bits
+from qcompiler.scheme import QTensor
 
 TYPES = tuple(name for name in KINDS if name != "MXFP4")
 CHUNK = 1 << 18  # values searched at once: what a processor's cache holds

@@ -8,9 +8,10 @@ import functools
 import torch
 from torch import Tensor
 
+from qcompiler.bits import pack_bits
 from qcompiler.errors import InputError, RecipeError
 from qcompiler.rounding import NF4
-from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits
+from qcompiler.scheme import QTensor, Scheme, by_group
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = 256  # scales that share a scale in double quantization

@@ -117,6 +117,14 @@ def test_what_tests_are_skipped_without_is_there(package: str) -> None:
     assert importlib.util.find_spec(package), f"{package} is missing; `make dev` installs it"
 
 
+def test_a_file_of_tests_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_it.py").write_text("import nowhere_to_be_found\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "No module named 'nowhere_to_be_found'" in done.stdout) == (2, True), done.stdout
+
+
 def test_modules_are_short() -> None:
     """A warning, not a failure: length is a smell, and golf is no cure."""
     for path in files_of_packages():

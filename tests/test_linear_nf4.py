@@ -8,6 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton has no wheel for this machine")
 
+from qcompiler.bits import pack_bits
 from qcompiler.errors import No
 from qcompiler.kernels.codebook import Tables
 from qcompiler.kernels.cost import H200
@@ -15,7 +16,7 @@ from qcompiler.kernels.linear_nf4 import ACCEPTS, PackedCodebook, cost, linear_n
 from qcompiler.kernels.split import Config
 from qcompiler.ops import qc
 from qcompiler.rounding import NF4
-from qcompiler.scheme import QTensor, Scheme, by_group, pack_bits
+from qcompiler.scheme import QTensor, Scheme, by_group
 from tests import interpreter
 
 BOOKS = {

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qcompiler.bits import pack_bits
 from qcompiler.errors import No
 from qcompiler.formats.onnx_blocks import Packed, in_floats, packed_of
 from qcompiler.frontends import onnx as frontend
@@ -16,7 +17,7 @@ from qcompiler.ops import qc
 from qcompiler.passes.carry import Carry
 from qcompiler.pipeline import Context
 from qcompiler.program import Program
-from qcompiler.scheme import QTensor, Scheme, pack_bits
+from qcompiler.scheme import QTensor, Scheme
 from tests.test_onnx_frontend import INT64, model, runtime, targets
 
 onnx = pytest.importorskip("onnx", reason="the extra [onnx] is not installed")

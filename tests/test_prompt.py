@@ -22,6 +22,7 @@ from qcompiler.scheme import Scheme
 from tests.programs import tiny_encoder, tiny_folder, tiny_llama
 from tests.test_padding import decoder_program
 
+aten = torch.ops.aten
 BACKEND = OnnxRuntime(accuracy_level=0, threads=1, integer_prompt=True)
 COUNT = LONG + 8
 IDS = torch.randint(0, 80, (3, COUNT), generator=torch.Generator().manual_seed(5))
@@ -56,11 +57,24 @@ def test_the_form_for_prompts_fills_caches_in_integers(program: Program) -> None
     assert set(form.outputs) == set(program.info["caches"].values())
     assert not list(form.calls(qc.linear))
     # Of the last layer only keys and values are wanted: neither its output, nor its feed-forward part, nor the head.
-    assert len(list(form.calls(qc.integer_linear))) == len(list(program.calls(qc.linear))) - 4
+    # The first's gate and up, one layer in the program, are two.
+    assert len(list(form.calls(qc.integer_linear))) == len(list(program.calls(qc.linear))) - 4 + 1
     exact, rounded = program(input_ids=IDS), form(input_ids=IDS)
     for name in form.outputs:
         error = (rounded[name] - exact[name]).norm() / exact[name].norm()
         assert 0 < float(error) < 0.03
+
+
+def test_merged_layers_come_apart_but_before_attention(program: Program) -> None:
+    def splits(of: Program) -> int:
+        return len(list(of.calls(aten.split_with_sizes.default)))
+
+    form = prompt_form(coded(layers=3))
+    # Of each but the last of three layers gate and up; queries, keys and values go on side by side.
+    assert (splits(coded(layers=3)), splits(form)) == (6, 3)
+    widths = [node.meta["type"].shape[-1] for node in form.calls(qc.integer_linear)]
+    merged = [node.meta["type"].shape[-1] for node in coded(layers=3).calls(qc.linear)]
+    assert sum(widths) == sum(merged[:-4])  # no layer twice, none left out
 
 
 def test_a_prompt_is_read_by_the_second_form(program: Program) -> None:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qcompiler.bits import pack_bits, unpack_bits
 from qcompiler.errors import InputError, RecipeError
-from qcompiler.scheme import QTensor, Scheme, pack_bits, storage_dtype, unpack_bits
+from qcompiler.scheme import QTensor, Scheme, storage_dtype
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 70))
 GRIDS = st.builds(

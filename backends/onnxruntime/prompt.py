@@ -9,9 +9,10 @@ over the whole prompt, and its reader maps the weights of one piece at a time (r
 from collections.abc import Mapping
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from qcompiler.backends.onnxruntime.caches import spread
+from qcompiler.backends.onnxruntime.lowering import operator_name
 from qcompiler.backends.onnxruntime.names import SCALE
 from qcompiler.calibration import mark_segments
 from qcompiler.errors import No
@@ -52,13 +53,30 @@ def prompt_form(program: Program) -> Program:
     copy.outputs, copy.output_node.args = tuple(kept), (tuple(kept.values()),)
     copy.clean()
     for node in copy.calls(qc.linear):
-        eight = QTensor.quantize(copy.weight(node), WEIGHTS)
-        with copy.graph.inserting_before(node):
-            parts = copy.add_qtensor(f"{node.name}.prompt", eight)
-        spec = {"spec": eight.spec(), "scheme": ACTIVATIONS}
-        copy.replace(node, qc.integer_linear, (node.args[0], parts, [], *node.args[2:3]), spec)
+        for place, rows in _apart(node, copy.weight(node)):
+            eight = QTensor.quantize(rows, WEIGHTS)
+            with copy.graph.inserting_before(place):
+                parts = copy.add_qtensor(f"{place.name}.prompt", eight)
+            spec = {"spec": eight.spec(), "scheme": ACTIVATIONS}
+            copy.replace(place, qc.integer_linear, (node.args[0], parts, [], *node.args[2:3]), spec)
     copy.clean()
     return copy
+
+
+def _apart(node: fx.Node, weight: Tensor) -> list[tuple[fx.Node, Tensor]]:
+    """Where the outputs of merged layers go on, each with its rows of the weight; the layer itself if that is better.
+
+    Merging saves the starts of products, which count in a step of one token. In a prompt it costs a copy of all that
+    they give, but before attention, which takes queries, keys and values side by side.
+    """
+    whole = [(node, weight)]
+    (split, *others) = node.users
+    if others or operator_name(split) != "aten.split_with_sizes" or any(node.args[2:3]):
+        return whole
+    rows = weight.split(split.args[1])
+    if any(operator_name(user) in ("aten.view", "aten.reshape") for piece in split.users for user in piece.users):
+        return whole
+    return [(piece, rows[piece.args[1]]) for piece in split.users]
 
 
 def _attentions(program: Program) -> list[fx.Node]:

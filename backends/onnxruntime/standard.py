@@ -12,8 +12,9 @@ from torch import Tensor
 from qcompiler.backends.onnxruntime.graph import Stored, typed
 from qcompiler.backends.onnxruntime.lowering import Lowering
 from qcompiler.backends.onnxruntime.weights import Blockwise, int8_codes, row_scales, signed
+from qcompiler.bits import pack_bits
 from qcompiler.program import Type
-from qcompiler.scheme import QTensor, pack_bits
+from qcompiler.scheme import QTensor
 
 KINDS = {(4, True): ir.DataType.INT4, (4, False): ir.DataType.UINT4, (8, True): ir.DataType.INT8}
 KINDS[8, False] = ir.DataType.UINT8

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from qcompiler.backends.onnxruntime.graph import Stored
+from qcompiler.bits import pack_bits
 from qcompiler.errors import No
-from qcompiler.scheme import QTensor, pack_bits
+from qcompiler.scheme import QTensor
 from qcompiler.target import Accept, Answer, Kernel, without
 
 BLOCKS = (256, 128, 64, 32, 16)

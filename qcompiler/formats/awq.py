@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompiler.bits import pack_bits
 from qcompiler.errors import InputError, No
 from qcompiler.formats.checkpoint import (
     Checkpoint,
@@ -39,7 +40,7 @@ from qcompiler.formats.folder import (
 )
 from qcompiler.formats.shards import Shards
 from qcompiler.formats.words import from_words, to_words
-from qcompiler.scheme import QTensor, Scheme, pack_bits
+from qcompiler.scheme import QTensor, Scheme
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 PARTS = ("qweight", "qzeros", "scales")

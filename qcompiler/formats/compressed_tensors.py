@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompiler.bits import pack_bits
 from qcompiler.codebooks import float8_map
 from qcompiler.errors import InputError, No
 from qcompiler.formats.checkpoint import Checkpoint, Format, Rounding, lazily, method_is, open_folder
@@ -26,7 +27,7 @@ from qcompiler.formats.compressed_layers import pack, why_not
 from qcompiler.formats.folder import SHARD_BYTES, finite, write_folder
 from qcompiler.formats.shards import Shards
 from qcompiler.formats.words import from_words, word_count
-from qcompiler.scheme import QTensor, Scheme, pack_bits
+from qcompiler.scheme import QTensor, Scheme
 from qcompiler.skeleton import Skeleton
 
 FORMAT_NAMES = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "mixed-precision")

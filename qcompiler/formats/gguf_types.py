@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from qcompiler.bits import pack_bits
 from qcompiler.errors import No
 from qcompiler.formats import gguf_blocks, k_quants
 from qcompiler.formats.gguf_blocks import Kind
-from qcompiler.scheme import QTensor, pack_bits
+from qcompiler.scheme import QTensor
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (*gguf_blocks.KINDS, *k_quants.KINDS)}
 SIGNED = ("Q4_0", "Q5_0", "Q8_0")  # scale * (code - half the codes), a float16 scale for 32 neighbours

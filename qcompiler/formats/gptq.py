@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompiler.bits import pack_bits
 from qcompiler.errors import InputError, No
 from qcompiler.formats.checkpoint import (
     Checkpoint,
@@ -43,7 +44,7 @@ from qcompiler.formats.folder import (
 )
 from qcompiler.formats.shards import Shards
 from qcompiler.formats.words import from_words, to_words, word_count
-from qcompiler.scheme import QTensor, Scheme, pack_bits
+from qcompiler.scheme import QTensor, Scheme
 
 BITS = (2, 3, 4, 8)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")

@@ -15,9 +15,10 @@ float16 step each:
 import torch
 from torch import Tensor
 
+from qcompiler.bits import pack_bits
 from qcompiler.errors import No
 from qcompiler.formats.gguf_blocks import IQ4, Kind, Shape, half, half_bytes, joined, nibble_bytes
-from qcompiler.scheme import QTensor, Scheme, pack_bits
+from qcompiler.scheme import QTensor, Scheme
 
 SUPERBLOCK = 256
 _QUARTERS = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qcompiler.bits import pack_bits, unpack_bits
 from qcompiler.errors import No
-from qcompiler.scheme import QTensor, Scheme, pack_bits, unpack_bits
+from qcompiler.scheme import QTensor, Scheme
 
 CONTRIB = "com.microsoft"
 FLOATS = (1, 10)  # float32, float16

@@ -7,7 +7,7 @@ also that of `QTensor.codes`.
 import torch
 from torch import Tensor
 
-from qcompiler.scheme import pack_bits, unpack_bits
+from qcompiler.bits import pack_bits, unpack_bits
 
 
 def to_words(codes: Tensor, bits: int) -> Tensor:

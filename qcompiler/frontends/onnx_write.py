@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from qcompiler.bits import pack_bits
 from qcompiler.errors import BackendError, InputError, No, require
 from qcompiler.formats.onnx_model import DTYPES, Source, fill, stored_name
 from qcompiler.frontends.onnx import build
@@ -24,7 +25,7 @@ from qcompiler.frontends.onnx_graph import Builder
 from qcompiler.frontends.onnx_packed import restore, tidy, unread
 from qcompiler.ops import qc
 from qcompiler.program import Program, Type
-from qcompiler.scheme import QTensor, pack_bits
+from qcompiler.scheme import QTensor
 
 aten = torch.ops.aten
 QUANTIZED = ((aten.linear.default, qc.linear), (aten.embedding.default, qc.embedding))
