@@ -3,8 +3,8 @@
     python benchmarks/decode_parts.py FOLDER [--rounds 9]
 
 A part's time is the median of what a step saves without it: constants stand where it was. Two sessions of each graph
-are open, since where a session's weights happen to lie makes a difference of one step in a hundred. A profiler is no
-use here: what it adds to every operator is more than small operators take. Writes results/decode_parts.json.
+are open, in any order, since equal sessions differ a little. A profiler is no use here: what it adds to every operator
+is more than small operators take. Writes results/decode_parts.json.
 """
 
 import argparse
@@ -42,7 +42,11 @@ def main() -> None:
     graph = onnx.load(options.model / "model.onnx", load_external_data=False).graph
     kinds = [kind for node in graph.node if (kind := kind_of(node))]
     counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-    engines = [(kind, cut_down(options, kind)) for kind in ("", *counts) for _ in range(COPIES)]
+    opened = [("", cut_down(options, ""))]  # slower than what is opened after it, and therefore only kept
+    order = ["", *counts] * COPIES
+    random.shuffle(order)
+    opened += [(kind, cut_down(options, kind)) for kind in order]
+    engines = opened[1:]
     samples: dict[str, list[float]] = {kind: [] for kind in ("", *counts)}
     for i in range(options.rounds + 1):
         found = alternating(engines)
