@@ -17,6 +17,7 @@ from qcompiler.ops import qc
 from qcompiler.pipeline import Context, Runner
 from qcompiler.program import Program
 from qcompiler.recipe import Recipe
+from qcompiler.target import refusals_of
 from tests.test_onnx_frontend import model, runtime
 
 pytest.importorskip("onnxruntime", reason="the extra [onnx] is not installed")
@@ -233,6 +234,32 @@ def test_a_first_input_without_axes() -> None:
     proto = model(nodes, {"k": (onnx.TensorProto.INT16, []), "x": ["n", 3]}, ["y"])
     feed = {"k": torch.tensor(7, dtype=torch.int16), "x": torch.randn(2, 3)}
     torch.testing.assert_close(compile(proto, "canonicalize", backend="onnxruntime")(**feed), 7 * feed["x"])
+
+
+def running_sums(opset: int, axes: list[int]) -> Any:
+    """The sums of x up to each position, by a Scan; the first versions of that go over batches."""
+    value = onnx.helper.make_tensor_value_info
+    inside = [value(name, 1, []) for name in ("before", "next", "sum", "kept")]
+    nodes = [helper.make_node("Add", ["before", "next"], ["sum"]), helper.make_node("Identity", ["sum"], ["kept"])]
+    body = helper.make_graph(nodes, "body", inside[:2], inside[2:])
+    given = ["", "start", "x"] if opset < 9 else ["start", "x"]
+    scan = helper.make_node("Scan", given, ["last", "y"], num_scan_inputs=1, body=body)
+    return model([scan], {"start": axes, "x": [*axes, 5]}, ["last", "y"], opset=opset)
+
+
+def test_a_scalar_stays_a_scalar() -> None:
+    proto = running_sums(9, [])
+    feed = {"start": torch.tensor(0.5), "x": torch.arange(5.0)}
+    found = compile(proto, "canonicalize", backend="onnxruntime").runner(feed)
+    for name, expected in zip(("last", "y"), runtime(proto, feed), strict=True):
+        torch.testing.assert_close(found[name], expected)
+
+
+def test_a_scan_over_batches_says_why_it_is_not_written() -> None:
+    from qcompiler.backends.onnxruntime import OnnxRuntime
+
+    (no,) = refusals_of(capture(running_sums(8, [1])), OnnxRuntime())
+    assert "Scan of opset 8 goes over batches, which no later one does" in str(no)
 
 
 # -- encoders --------------------------------------------------------------------------------------------------

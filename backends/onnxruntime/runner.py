@@ -191,4 +191,4 @@ def as_torch(value: Any) -> Tensor:
 
 def as_numpy(tensor: Tensor) -> Any:
     """A tensor's memory as a contiguous numpy array."""
-    return np.ascontiguousarray(tensor.detach().numpy())
+    return np.asarray(tensor.detach().numpy(), order="C")  # ascontiguousarray would make a scalar a vector

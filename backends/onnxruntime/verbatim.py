@@ -10,6 +10,7 @@ from qcompiler.backends.onnxruntime.graph import MICROSOFT, OPSET, subgraphs
 from qcompiler.backends.onnxruntime.lowering import Lowering, Rule, Unsupported
 
 _STANDARD = ("", "ai.onnx")
+SCAN_WITHOUT_BATCH = 9  # the opset since which Scan means something else; onnx's converter leaves it as it is
 
 
 def verbatim(
@@ -69,6 +70,8 @@ def raised(proto: onnx.ModelProto, op: str) -> onnx.ModelProto:
     version = next((o.version for o in proto.opset_import if o.domain in _STANDARD), OPSET)
     if version == OPSET or all(unchanged(node, version) for node in _nodes(proto.graph)):
         return proto
+    if version < SCAN_WITHOUT_BATCH and any(node.op_type == "Scan" for node in _nodes(proto.graph)):
+        raise Unsupported(f"Scan of opset {version} goes over batches, which no later one does")
     try:
         made = onnx.version_converter.convert_version(proto, OPSET)
     except Exception as error:  # the converter raises RuntimeErrors of many texts
