@@ -110,7 +110,8 @@ def _bars(figures: dict[str, Any]) -> list[str]:
 def _parts(figures: dict[str, Any]) -> list[str]:
     lines = ["| part of a step | operators | ms | share |", "|---|---|---|---|"]
     for name, part in sorted(figures["parts"].items(), key=lambda item: -item[1]["ms"]):
-        lines.append(f"| {name} | {part['count']} | {part['ms']:.2f} | {part['ms'] / figures['step_ms']:.0%} |")
+        ms = max(part["ms"], 0.0)  # less than the noise
+        lines.append(f"| {name} | {part['count']} | {ms:.2f} | {ms / figures['step_ms']:.0%} |")
     rest = figures["step_ms"] - sum(part["ms"] for part in figures["parts"].values())
     return [*lines, f"| the rest | | {rest:.2f} | {rest / figures['step_ms']:.0%} |"]
 
