@@ -1,22 +1,23 @@
 """Prompts read in integers: the second form of a program, beside the one that decodes."""
 
+import operator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 import qcompiler
 from qcompiler.backends.onnxruntime import OnnxRuntime, buffers, reader
 from qcompiler.backends.onnxruntime.buffers import LONG
-from qcompiler.backends.onnxruntime.prompt import cut, prompt_form
+from qcompiler.backends.onnxruntime.prompt import _apart, cut, prompt_form
 from qcompiler.data import check_samples
 from qcompiler.errors import RecipeError
 from qcompiler.ops import qc
 from qcompiler.passes.rtn import Rtn
 from qcompiler.pipeline import Context, Runner
-from qcompiler.program import Program
+from qcompiler.program import Program, Type
 from qcompiler.recipe import Recipe, build_backend
 from qcompiler.scheme import Scheme
 from tests.programs import tiny_encoder, tiny_folder, tiny_llama
@@ -75,6 +76,18 @@ def test_merged_layers_come_apart_but_before_attention(program: Program) -> None
     widths = [node.meta["type"].shape[-1] for node in form.calls(qc.integer_linear)]
     merged = [node.meta["type"].shape[-1] for node in coded(layers=3).calls(qc.linear)]
     assert sum(widths) == sum(merged[:-4])  # no layer twice, none left out
+
+
+def test_a_layer_whose_tokens_are_parted_stays_whole() -> None:
+    graph = fx.Graph()
+    layer = graph.call_function(qc.linear, (graph.placeholder("x"), []))
+    layer.meta["type"] = Type(("batch", 6, 6), torch.float32)
+    weight = torch.eye(6)
+    split = graph.call_function(aten.split_with_sizes.default, (layer, [2, 4], 1))
+    pieces = [graph.call_function(operator.getitem, (split, i)) for i in range(2)]
+    assert _apart(layer, weight) == [(layer, weight)]
+    split.args = (layer, [2, 4], -1)
+    assert [(piece, len(rows)) for piece, rows in _apart(layer, weight)] == [(pieces[0], 2), (pieces[1], 4)]
 
 
 def test_a_prompt_is_read_by_the_second_form(program: Program) -> None:

@@ -95,10 +95,11 @@ def test_onnxruntime_genai_runs_other_decoders(genai: Any, options: dict[str, An
     assert generated(genai.Model(str(tmp_path)), [7, 30, 41], 12) == expected
 
 
-@pytest.mark.parametrize("cache", ["", "int8", "int4"])
-def test_plain_onnxruntime_runs_the_folder(cache: str, tmp_path: Path) -> None:
-    kv = f"kv{{key={cache}:channel:sym value={cache}:channel:sym}}, " if cache else ""
-    recipe = f"canonicalize, rtn{{scheme=int4:g32:asym}}, {kv}fuse, kv_cache, pack"
+CODES = "canonicalize, rtn, kv{{key={0}:channel:sym value={0}:channel:sym}}, fuse, kv_cache, pack"
+
+
+@pytest.mark.parametrize("recipe", ["rtn-w4a16", CODES.format("int8"), CODES.format("int4")])
+def test_plain_onnxruntime_runs_the_folder(recipe: str, tmp_path: Path) -> None:
     session = qcompiler.compile(tiny_folder(tmp_path / "model"), recipe, samples=2, length=16, backend="onnxruntime")
     folder = tmp_path / "out"
     session.save(folder)

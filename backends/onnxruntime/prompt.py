@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from qcompiler.backends.onnxruntime.caches import spread
-from qcompiler.backends.onnxruntime.lowering import operator_name
+from qcompiler.backends.onnxruntime.lowering import operator_name, schema_arguments
 from qcompiler.backends.onnxruntime.names import SCALE
 from qcompiler.calibration import mark_segments
 from qcompiler.errors import No
@@ -73,9 +73,11 @@ def _apart(node: fx.Node, weight: Tensor) -> list[tuple[fx.Node, Tensor]]:
     (split, *others) = node.users
     if others or operator_name(split) != "aten.split_with_sizes" or any(node.args[2:3]):
         return whole
-    rows = weight.split(split.args[1])
-    if any(operator_name(user) in ("aten.view", "aten.reshape") for piece in split.users for user in piece.users):
+    _, sizes, axis = schema_arguments(split)
+    viewed = any(operator_name(user) in ("aten.view", "aten.reshape") for piece in split.users for user in piece.users)
+    if viewed or axis not in (-1, node.meta["type"].rank - 1):
         return whole
+    rows = weight.split(sizes)
     return [(piece, rows[piece.args[1]]) for piece in split.users]
 
 

@@ -70,7 +70,7 @@ def raised(proto: onnx.ModelProto, op: str) -> onnx.ModelProto:
     version = next((o.version for o in proto.opset_import if o.domain in _STANDARD), OPSET)
     if version == OPSET or all(unchanged(node, version) for node in _nodes(proto.graph)):
         return proto
-    if version < SCAN_WITHOUT_BATCH and any(node.op_type == "Scan" for node in _nodes(proto.graph)):
+    if version < SCAN_WITHOUT_BATCH and any(_is_scan(node) for node in _nodes(proto.graph)):
         raise Unsupported(f"Scan of opset {version} goes over batches, which no later one does")
     try:
         made = onnx.version_converter.convert_version(proto, OPSET)
@@ -78,6 +78,10 @@ def raised(proto: onnx.ModelProto, op: str) -> onnx.ModelProto:
         reason = str(error).strip().partition("\n")[0][:120]
         raise Unsupported(f"{op} of opset {version} cannot be converted to opset {OPSET}: {reason}") from error
     return made
+
+
+def _is_scan(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Scan" and node.domain in _STANDARD
 
 
 def unchanged(node: onnx.NodeProto, version: int) -> bool:
